@@ -1,0 +1,107 @@
+"""The engine: one vLLM inside each rank's process. It samples, takes the trainer's weights, and sleeps while the GPU trains.
+
+The only file that imports vLLM. Join the process group first (ppo.init_distributed), then make the Engine, then the trainer's models.
+"""
+
+import os
+from dataclasses import dataclass
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process; read when vLLM is imported
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
+
+import torch
+from vllm import LLM, SamplingParams
+
+
+@dataclass
+class Completion:
+    token_ids: list[int]  # as sampled: ends with EOS if it was sampled; the tokens of a stop string stay, they are actions like any other
+    finished: bool  # ended by itself (EOS or a stop string), not by its token limit
+    logprobs: list[float] | None  # of each token at temperature 1, before top-p; None unless asked for
+
+
+class Engine:
+    """vLLM with prefix caching, for token ids in and token ids out.
+
+    model: Hugging Face folder or hub name; max_tokens: longest prompt and response together; stop: strings that end a response;
+    seed must differ between ranks. gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many run at a time.
+    """
+
+    def __init__(self, model, *, max_tokens, stop=(), seed=0, bfloat16=None, gpu_memory=0.6, max_sequences=256):
+        self.on_gpu, self.stop, self.asleep = torch.cuda.is_available(), list(stop), False
+        bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
+        self.llm = LLM(
+            model,
+            dtype="bfloat16" if bfloat16 else "float32",
+            distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
+            tensor_parallel_size=1,
+            seed=seed,
+            max_model_len=max_tokens,
+            max_num_seqs=max_sequences,
+            enable_prefix_caching=True,
+            block_size=16 if self.on_gpu else 32,  # tokens; only whole blocks of a prefix are cached
+            gpu_memory_utilization=gpu_memory,
+            enable_sleep_mode=self.on_gpu,
+            enforce_eager=not self.on_gpu,
+            disable_log_stats=False,  # counts the prefix cache's hits
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
+        """Sample n completions for each prompt.
+
+        prompts: lists of token ids; max_tokens: one limit for all, or one per prompt. Returns a list of n Completions per prompt.
+        """
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        params = [
+            SamplingParams(
+                n=n, max_tokens=limit, temperature=temperature, top_p=top_p, stop=self.stop or None, detokenize=bool(self.stop),
+                logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
+            )
+            for limit in limits
+        ]  # fmt: skip
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return [[self._completion(c) for c in output.outputs] for output in outputs]
+
+    def _completion(self, output):
+        ids = list(output.token_ids)
+        logprobs = [entry[i].logprob for entry, i in zip(output.logprobs, ids)] if output.logprobs is not None else None
+        return Completion(ids, output.finish_reason == "stop", logprobs)
+
+    def decode(self, token_ids):
+        """The text of token ids, without special tokens and exactly as the tokens spell it."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def text(self, token_ids):
+        """The response that token ids spell: decode, cut off before the first stop string."""
+        text = self.decode(token_ids)
+        return text[: min((text.find(s) for s in self.stop if s in text), default=len(text))]
+
+    def load_weights(self, named_tensors):
+        """Take the policy's new weights, an iterator of (name, whole tensor), and forget the prefixes cached under the old ones."""
+        self._wake("weights")
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})  # one call: chunks restore absent layers
+        self._wake("kv_cache")
+        self.asleep = False
+        if not self.llm.reset_prefix_cache():  # vLLM keeps it across weight updates: the values would be the old policy's
+            raise RuntimeError("the engine could not drop its prefix cache: requests are still running")
+
+    def sleep(self):
+        """Free the GPU's memory for training; load_weights wakes the engine. Does nothing on CPU."""
+        if self.on_gpu and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def _wake(self, tag):
+        if self.asleep:
+            self.llm.wake_up(tags=[tag])
+
+    def prefix_cache_counts(self):
+        """(prompt tokens looked up, prompt tokens found) in the prefix cache since the engine started."""
+        counts = {m.name: m.value for m in self.llm.get_metrics() if m.name.startswith("vllm:prefix_cache")}
+        return counts["vllm:prefix_cache_queries"], counts["vllm:prefix_cache_hits"]
+
+    def shutdown(self):
+        """Stop the engine; call it before the process group is destroyed."""
+        self.llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,441 @@
+"""VinePPO (arXiv 2410.01679): PPO for LLM reasoning whose values are measured by rollouts instead of predicted by a network.
+
+    python train.py --dataset arithmetic --model runs/sft                  # one process, GPU or CPU; `make demo` does it all
+    torchrun --nproc_per_node=2 train.py --dataset arithmetic --model runs/sft
+    torchrun --nproc_per_node=8 train.py --dataset math                    # the paper's Rho-1B run on GPUs
+    torchrun --nproc_per_node=8 train.py --dataset math --model realtreetune/deepseekmath-7b-sft-MATH-v2 --max_sequence 2499
+    python train.py --dataset gsm8k --model MODEL --eval_only              # accuracy alone
+
+Read it after this file in the order in which data flows: rollout.py (sample) -> vine.py (steps, values, advantages) -> grader.py
+(rewards) -> ppo.py (the update). What differs from the paper is listed in README.md.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two spinning thread teams on two cores ruin each other; read when torch is imported
+
+import dataclasses
+import json
+import random
+import shutil
+import statistics
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
+from transformers.utils import logging
+
+import data
+import ppo
+import vine
+from grader import Grader, extract_answer
+
+logging.disable_progress_bar()  # transformers' own bars, one a file
+
+
+def setting(default, help, choices=None):
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
+@dataclass
+class Settings:
+    # the run
+    dataset: str = setting("arithmetic", "math, gsm8k, arithmetic (built in), or a path to your own file or folder")
+    model: str | None = setting(None, "Hugging Face folder or hub name to start from; default: the paper's SFT model for math and gsm8k, runs/sft for arithmetic")
+    algorithm: str = setting("vineppo", "where the advantages come from", ["vineppo"])
+    run_dir: str | None = setting(None, "folder of settings.json, metrics.jsonl, checkpoints and the final model; default runs/DATASET")
+    resume: bool = setting(False, "go on from the newest checkpoint in --run_dir")
+    iterations: int | None = setting(None, "rounds of sampling and update")
+    seed: int = setting(0, "of the problems, the sampling and the minibatches")
+    # problems and prompts
+    prompt_template: str | None = setting(None, "prompt text with {problem} in it; default: the paper's")
+    chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
+    # sampling
+    prompts_per_iteration: int | None = setting(None, "problems drawn in each iteration, with replacement")
+    responses_per_prompt: int = setting(8, "responses sampled for each of them")
+    K: int = setting(9, "rollouts that estimate the value of each state")
+    max_valued_steps: int | None = setting(None, "states from this step on get no rollouts (25 on GSM8K; default: no cap)")
+    temperature: float | None = setting(None, "sampling temperature of responses and rollouts; the trainer divides its logits by it too")
+    top_p: float | None = setting(None, "nucleus of responses and rollouts")
+    max_tokens: int | None = setting(None, "token limit of a response; a rollout may use what its state has left of it")
+    max_sequence: int | None = setting(None, "token limit of prompt and response together; longer prompts are skipped and counted")
+    stop: str | None = setting(None, "string that ends a response, besides EOS")
+    # the update
+    learning_rate: float | None = setting(None, "peak; 3 percent linear warm-up, then linear decay to 0")
+    minibatch: int | None = setting(None, "responses per optimizer step, over all ranks")
+    micro_batch: int | None = setting(None, "responses per forward pass of a rank; changes memory and speed, not the result")
+    epochs: int = setting(2, "passes over an iteration's responses")
+    clip: float = setting(0.2, "range of the probability ratio, 1 - clip .. 1 + clip")
+    kl_coef: float = setting(1e-4, "weight of the KL penalty to the initial policy")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    # evaluation and saving
+    eval_every: int | None = setting(None, "iterations between evaluations; 0: never")
+    eval_only: bool = setting(False, "evaluate --model on the test problems and exit")
+    eval_problems: int | None = setting(None, "the first so many test problems; default: all of them")
+    eval_samples: int | None = setting(None, "responses per test problem; accuracy is their mean")
+    eval_temperature: float | None = setting(None, "sampling temperature of evaluations")
+    eval_top_p: float | None = setting(None, "nucleus of evaluations")
+    save_every: int | None = setting(None, "iterations between checkpoints; 0: only the final model")
+    report_to: str = setting("none", "also send the metrics to", ["none", "tensorboard", "wandb"])
+    # the machine
+    bfloat16: bool | None = setting(None, "compute in bfloat16, weights and optimizer in float32; default: on GPUs only")
+    activation_checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, a third more time")
+    gpu_memory: float = setting(0.6, "share of each GPU for the engine's weights and KV cache while it samples")
+    max_sequences: int = setting(256, "responses that a rank's engine writes at a time")
+    grader_workers: int = setting(2, "processes per rank that compare symbolic answers")
+
+
+PAPER = dict(  # Rho-1B on MATH; arXiv 2410.01679 and the released configs (rho1b, deepseekmath7b)
+    model="realtreetune/rho-1b-sft-MATH", iterations=1000, prompts_per_iteration=64, temperature=0.6, top_p=0.9, max_tokens=1024,
+    max_sequence=2048, stop="\n\n\nProblem:", learning_rate=1e-6, minibatch=64, micro_batch=4, eval_every=25, eval_samples=16,
+    eval_temperature=0.35, eval_top_p=0.9, save_every=50, activation_checkpointing=True,
+)  # fmt: skip
+DEFAULTS = {
+    "math": PAPER,
+    "gsm8k": PAPER | dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
+    "arithmetic": PAPER | dict(
+        model="runs/sft", iterations=60, prompts_per_iteration=8, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
+        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=10, eval_samples=4, eval_temperature=1.0, eval_top_p=1.0,
+        save_every=20, activation_checkpointing=False,
+    ),
+}  # fmt: skip
+
+
+def parse_settings(argv):
+    """Settings of a command line; what it leaves open comes from DEFAULTS, for a path of one's own from the paper's MATH settings."""
+    (settings,) = HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses(argv)
+    for name, value in DEFAULTS.get(settings.dataset, PAPER).items():
+        if getattr(settings, name) is None and not (name == "model" and settings.dataset not in DEFAULTS):
+            setattr(settings, name, value)
+    settings.run_dir = settings.run_dir or f"runs/{Path(settings.dataset).stem}"
+    return settings
+
+
+def check(s, world):
+    """Raise ValueError for settings that cannot work on `world` ranks, before anything is loaded."""
+
+    def need(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    for name in ("prompts_per_iteration", "responses_per_prompt", "K", "max_tokens", "minibatch", "micro_batch", "epochs", "eval_samples"):
+        need(getattr(s, name) >= 1, f"--{name} {getattr(s, name)} must be at least 1")
+    for name in ("temperature", "learning_rate"):
+        need(getattr(s, name) > 0, f"--{name} {getattr(s, name)} must be above 0")
+    for name in ("top_p", "eval_top_p"):
+        need(0 < getattr(s, name) <= 1, f"--{name} {getattr(s, name)} must be above 0 and at most 1")
+    need(s.eval_only or s.iterations >= 1, f"--iterations {s.iterations} trains nothing: take at least 1, or --eval_only to evaluate alone")
+    need(not (s.eval_only and s.resume), "--eval_only and --resume exclude each other: name the checkpoint's folder with --model")
+    need(s.eval_problems is None or s.eval_problems >= 1, f"--eval_problems {s.eval_problems} must be at least 1")
+    need(s.max_tokens < s.max_sequence, f"--max_tokens {s.max_tokens} leaves no room for a prompt in --max_sequence {s.max_sequence}")
+    need(s.prompts_per_iteration % world == 0, f"--prompts_per_iteration {s.prompts_per_iteration} does not divide over {world} ranks: take a multiple of {world}")
+    need(s.minibatch % world == 0, f"--minibatch {s.minibatch} does not divide over {world} ranks: take a multiple of {world}")
+    episodes = s.prompts_per_iteration * s.responses_per_prompt
+    need(episodes % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide the iteration's {episodes} responses (prompts_per_iteration x responses_per_prompt)")
+    need(s.model, f"--model is missing: --dataset {s.dataset} has no model of its own")
+    try:
+        AutoConfig.from_pretrained(s.model)
+    except (OSError, ValueError) as error:
+        hint = "run `python sft.py` first, or " if s.model == DEFAULTS["arithmetic"]["model"] else ""
+        raise ValueError(f"--model {s.model} cannot be loaded: {hint}name a Hugging Face folder or hub model ({str(error).splitlines()[0]})") from None
+    if s.report_to != "none":
+        try:
+            __import__({"tensorboard": "tensorboard", "wandb": "wandb"}[s.report_to])
+        except ImportError:
+            raise ValueError(f"--report_to {s.report_to}: the package is not installed (pip install {s.report_to})") from None
+
+
+# --- one iteration --------------------------------------------------------------------------------------------------------------
+
+
+def sample_responses(engine, grader, batch, s):
+    """Responses to the (Problem, prompt ids) of this rank: one dict each, with its text and reward R in {0, 1}."""
+    completions = engine.generate([ids for _, ids in batch], s.responses_per_prompt, s.max_tokens, s.temperature, s.top_p, logprobs=True)
+    episodes = [
+        dict(prompt_ids=ids, response_ids=c.token_ids, engine_logprobs=c.logprobs, finished=c.finished, answer=problem.answer)
+        for (problem, ids), group in zip(batch, completions)
+        for c in group
+    ]
+    for episode in episodes:
+        episode["text"] = engine.text(episode["response_ids"])
+    for episode, reward in zip(episodes, rewards(grader, episodes)):
+        episode["reward"] = reward
+    return episodes
+
+
+def rewards(grader, responses):
+    """1.0 for a finished response whose answer is right, else 0.0. responses: dicts with text, finished and answer."""
+    right = grader.grade([r["text"] if r["finished"] else "" for r in responses], [r["answer"] for r in responses])
+    return [float(x) for x in right]
+
+
+def vineppo(engine, grader, episodes, s):
+    """Set the advantages of the episodes by VinePPO. Returns what the metrics need.
+
+    A state is sent to the engine as the very token ids that were sampled up to it; the rollouts serve its value alone.
+    """
+    for e in episodes:
+        e["boundaries"] = vine.token_boundaries(vine.split_steps(e["text"]), vine.token_starts(e["response_ids"], engine.decode))
+    states, indices = vine.distinct_states(*zip(*[(e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]), s.max_valued_steps)
+    answers = {i: e["answer"] for e, row in zip(episodes, indices) for i in row}
+    left = [s.max_tokens - len(prefix) for _, prefix in states]  # what the state leaves of the response's token limit
+    groups = engine.generate([prompt + prefix for prompt, prefix in states], s.K, left, s.temperature, s.top_p)
+    rollouts = [
+        dict(text=engine.text(prefix + c.token_ids), finished=c.finished, answer=answers[i])
+        for i, ((_, prefix), group) in enumerate(zip(states, groups))
+        for c in group
+    ]
+    graded = rewards(grader, rollouts)
+    values = vine.monte_carlo_values([graded[i : i + s.K] for i in range(0, len(graded), s.K)])
+    for e, row in zip(episodes, indices):
+        e["values"] = [None if i is None else values[i] for i in row]
+        e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
+    return dict(values=values, rollout_tokens=sum(len(c.token_ids) for group in groups for c in group), rollouts=len(rollouts))
+
+
+def evaluate(engine, grader, problems, s):
+    """Accuracy on (Problem, prompt ids): the mean over eval_samples responses each. All ranks share the work."""
+    mine = problems[dist.get_rank() :: dist.get_world_size()]
+    completions = engine.generate([ids for _, ids in mine], s.eval_samples, s.max_tokens, s.eval_temperature, s.eval_top_p)
+    responses = [
+        dict(text=engine.text(c.token_ids), finished=c.finished, answer=problem.answer)
+        for (problem, _), group in zip(mine, completions)
+        for c in group
+    ]
+    scores = over_ranks(rewards(grader, responses))
+    return statistics.mean(scores), len(scores)
+
+
+def over_ranks(items):
+    """The ranks' lists, concatenated."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+class Phases:
+    """Wall-clock seconds of the phases of an iteration; says so on screen when one takes long."""
+
+    LONG = 120  # seconds
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def __call__(self, name):
+        start = time.perf_counter()
+        notice = threading.Timer(self.LONG, lambda: dist.get_rank() == 0 and tqdm.write(f"{name} takes longer than {self.LONG} s"))
+        notice.daemon = True
+        notice.start()
+        try:
+            yield
+        finally:
+            notice.cancel()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(trainer, tokenizer, run, iteration, dtype):
+    """runs/X/checkpoints/N: a Hugging Face folder of the policy after N iterations, with the sharded training state in state/.
+
+    Written beside and renamed, so that a folder of that name is always whole. The state of older checkpoints is deleted then.
+    """
+    final, draft = run / "checkpoints" / str(iteration), run / "checkpoints" / f"{iteration}.unfinished"
+    if dist.get_rank() == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    dist.barrier()
+    trainer.save(draft / "state")
+    ppo.save_pretrained(trainer.model, tokenizer, draft, dtype)
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+        for older in final.parent.iterdir():
+            if older != final:
+                shutil.rmtree(older / "state", ignore_errors=True)
+    dist.barrier()
+
+
+def newest_checkpoint(run):
+    """(iterations done, state folder) of the newest whole checkpoint; (0, None) without one."""
+    found = [int(p.parent.name) for p in run.glob("checkpoints/*/state") if p.parent.name.isdigit()]
+    return (max(found), run / "checkpoints" / str(max(found)) / "state") if found else (0, None)
+
+
+def open_run(s, run, first):
+    """The metrics file of a run that starts after `first` iterations; refuses to overwrite another run's. Rank 0 only."""
+    run.mkdir(parents=True, exist_ok=True)
+    metrics = run / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["iteration"] <= first] if s.resume and metrics.exists() else []
+    metrics.write_text("".join(line + "\n" for line in kept))
+    (run / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
+    return open(metrics, "a", buffering=1)
+
+
+def reporter(s, run):
+    """A function (iteration, metrics) that sends metrics to Weights & Biases or TensorBoard, where asked for."""
+    if s.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run)
+        return lambda iteration, metrics: [writer.add_scalar(name, value, iteration) for name, value in metrics.items()]
+    if s.report_to == "wandb":
+        import wandb
+
+        wandb.init(project="vineppo", name=run.name, config=dataclasses.asdict(s))
+        return lambda iteration, metrics: wandb.log(metrics, step=iteration)
+    return lambda iteration, metrics: None
+
+
+# --- the run --------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    s = parse_settings(sys.argv[1:])
+    world, run = int(os.environ.get("WORLD_SIZE", 1)), Path(s.run_dir)
+    try:
+        check(s, world)
+        if not s.eval_only and not s.resume and (run / "metrics.jsonl").exists():
+            raise ValueError(f"--run_dir {run} holds a run already: add --resume to go on with it, or name another folder")
+        tokenizer = AutoTokenizer.from_pretrained(s.model)
+        (train, too_long), (test, test_too_long) = [
+            data.encode(problems, tokenizer, s.max_sequence - s.max_tokens, s.chat) for problems in data.load(s.dataset, s.prompt_template, s.chat)
+        ]
+        if not train or not test:
+            raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    try:
+        train_run(s, run, tokenizer, train, test[: s.eval_problems], too_long + test_too_long)
+    except BaseException:  # leave at once: exit hooks of the engine and of NCCL may wait for the other ranks
+        traceback.print_exc()
+        print(f"rank {os.environ['RANK']} failed: {sys.exc_info()[1]!r}; all ranks stop", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def train_run(s, run, tokenizer, train, test, too_long):
+    device = ppo.init_distributed()
+    from rollout import Engine  # after the checks: importing vLLM takes seconds
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    say = print if rank == 0 else lambda *_: None
+    if too_long:
+        say(f"skipped {too_long} problems: their prompts are longer than {s.max_sequence - s.max_tokens} tokens (--max_sequence - --max_tokens)")
+    first, state = newest_checkpoint(run) if s.resume else (0, None)
+    engine = Engine(
+        s.model, max_tokens=s.max_sequence, stop=[s.stop] if s.stop else [], seed=(s.seed * 1000 + first) * world + rank,
+        bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
+    )  # fmt: skip
+    grader = Grader(s.grader_workers)
+    if s.eval_only:
+        accuracy, samples = evaluate(engine, grader, test, s)
+        say(f"accuracy {accuracy:.4f} ({len(test)} problems, {samples} responses, temperature {s.eval_temperature}, top_p {s.eval_top_p})")
+        return shut_down(engine, grader)
+
+    engine.sleep()
+    episodes_per_iteration = s.prompts_per_iteration * s.responses_per_prompt
+    trainer = ppo.Trainer(
+        s.model, device, total_steps=s.iterations * s.epochs * (episodes_per_iteration // s.minibatch), learning_rate=s.learning_rate,
+        minibatch=s.minibatch, micro_batch=s.micro_batch, epochs=s.epochs, clip=s.clip, kl_coef=s.kl_coef, temperature=s.temperature,
+        max_grad_norm=s.max_grad_norm, bfloat16=s.bfloat16, checkpoint_activations=s.activation_checkpointing,
+        pad_token_id=tokenizer.pad_token_id or 0, seed=s.seed,
+    )  # fmt: skip
+    if state:
+        trainer.load(state)
+        say(f"resumed {run} after iteration {first}")
+    engine.load_weights(ppo.full_tensors(trainer.model))
+    log = open_run(s, run, first) if rank == 0 else None
+    report = reporter(s, run) if rank == 0 else None
+    accuracy = evaluate(engine, grader, test, s)[0] if s.eval_every and not first else None
+    if accuracy is not None:
+        say(f"accuracy before training {accuracy:.3f}")
+        if rank == 0:
+            log.write(json.dumps({"iteration": 0, "accuracy": round(accuracy, 5)}) + "\n")
+
+    progress = tqdm(range(first, s.iterations), initial=first, total=s.iterations, disable=rank != 0, unit="it", dynamic_ncols=True)
+    for iteration in progress:
+        phases, cache = Phases(), engine.prefix_cache_counts()
+        grader.counts = dict.fromkeys(grader.counts, 0)
+        drawn = random.Random(s.seed * 1_000_003 + iteration).choices(train, k=s.prompts_per_iteration)  # with replacement, as the paper
+        with phases("sample"):
+            episodes = sample_responses(engine, grader, drawn[rank::world], s)
+        with phases("values"):
+            vined = vineppo(engine, grader, episodes, s)
+        engine.sleep()
+        with phases("train"):
+            update = trainer.update(episodes)
+        with phases("sync"):
+            engine.load_weights(ppo.full_tensors(trainer.model))
+        if s.eval_every and ((iteration + 1) % s.eval_every == 0 or iteration + 1 == s.iterations):
+            with phases("evaluate"):
+                accuracy = evaluate(engine, grader, test, s)[0]
+            update["accuracy"] = accuracy
+
+        metrics = iteration_metrics(iteration + 1, episodes, vined, update, phases.seconds, grader.counts)
+        looked_up, found = (after - before for after, before in zip(engine.prefix_cache_counts(), cache))
+        metrics["prefix_cache_hit_rate"] = found / max(looked_up, 1)
+        if rank == 0:
+            log.write(json.dumps({k: round(v, 8) for k, v in metrics.items()}) + "\n")
+            report(iteration + 1, metrics)
+        progress.set_postfix(
+            reward=f"{metrics['reward']:.2f}", acc="-" if accuracy is None else f"{accuracy:.3f}", kl=f"{metrics['kl']:.3f}",
+            tok_s=f"{metrics['tokens_per_second']:.0f}",
+        )  # fmt: skip
+        if s.save_every and (iteration + 1) % s.save_every == 0:
+            engine_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            checkpoint(trainer, tokenizer, run, iteration + 1, engine_dtype)
+    ppo.save_pretrained(trainer.model, tokenizer, run / "model", torch.bfloat16 if device.type == "cuda" else torch.float32)
+    say(f"wrote {run / 'model'}" + ("" if accuracy is None else f"; accuracy {accuracy:.3f}"))
+    shut_down(engine, grader)
+
+
+def iteration_metrics(iteration, episodes, vined, update, seconds, grader_counts):
+    """One line of metrics.jsonl, over all ranks; every rank calls it."""
+    episodes = over_ranks([{k: e[k] for k in ("reward", "finished", "advantages", "values")} for e in episodes])
+    vined = over_ranks([vined])
+    values = [v for part in vined for v in part["values"]]
+    advantages = [a for e in episodes for a in e["advantages"]]
+    seconds = {name: max(part[name] for part in parts) for parts in [over_ranks([seconds])] for name in parts[0]}
+    counts = {name: sum(part[name] for part in parts) for parts in [over_ranks([grader_counts])] for name in grader_counts}
+    rollout_tokens = sum(part["rollout_tokens"] for part in vined)
+    return (
+        dict(
+            iteration=iteration,
+            reward=statistics.mean(e["reward"] for e in episodes),
+            unfinished=statistics.mean(not e["finished"] for e in episodes),
+            steps_per_response=statistics.mean(len(e["values"]) for e in episodes),
+            response_tokens=len(advantages),
+            states=len(values),
+            rollouts=sum(part["rollouts"] for part in vined),
+            rollout_tokens=rollout_tokens,
+            value_mean=statistics.mean(values),
+            value_std=statistics.pstdev(values),
+            zero_advantages=statistics.mean(a == 0 for a in advantages),
+            tokens_per_second=(len(advantages) + rollout_tokens) / (seconds["sample"] + seconds["values"]),
+        )
+        | update
+        | {f"seconds_{name}": value for name, value in seconds.items()}
+        | {f"answers_{name}": value for name, value in counts.items()}
+    )
+
+
+def shut_down(engine, grader):
+    grader.close()
+    dist.barrier()
+    engine.shutdown()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

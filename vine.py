@@ -1,0 +1,205 @@
+"""The estimator of VinePPO: steps, states, Monte Carlo values, advantages. Pure functions on token ids, strings and numbers.
+
+A response is cut into steps; the state s_t is the prompt followed by the first t steps. Its value is the mean reward of K rollouts
+that continue from it (arXiv 2410.01679, section 4):
+
+    V(s_t) = 1/K sum_k R(tau_k)                 tau_k sampled by the current policy from s_t
+    A_t    = r_t + V(s_{t+1}) - V(s_t)          r_t = 0 but for the last step, where it is the response's reward R and V(s_T) = 0
+
+Every token of step t gets A_t. In the order of the calls:
+
+    split_steps -> token_starts -> token_boundaries -> distinct_states -> (the engine's rollouts) -> step_advantages -> token_advantages
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+
+# --- steps: where the text of a response is cut ---------------------------------------------------------------------------------
+
+SHORT = 20  # characters: a shorter piece that is no sentence joins its neighbour
+LONG_DISPLAY = 100  # characters: a longer display of several lines is cut at its lines
+LONG_SENTENCE = 300  # characters: a longer sentence is cut near its middle ...
+HALF = 40  # ... where both halves keep this many characters
+
+NEWLINE = re.compile(r"\n\s*")
+ENVIRONMENT = r"\{([a-zA-Z]+\*?)\}"
+DELIMITER = re.compile(rf"\\begin{ENVIRONMENT}|\\end{ENVIRONMENT}|\[/?asy\]|\\.|\$\$?|\n\s*\n", re.DOTALL)
+PARTNER = {r"\)": r"\(", r"\]": r"\[", "[/asy]": "[asy]", "$": "$", "$$": "$$"}
+SENTENCE_END = re.compile(r"[.!?][)\"'”’]{0,3}(?=\s+[A-Z])")
+ABBREVIATION = re.compile(r"(?<![A-Za-z])([A-Za-z]|[A-Z][a-z]|[A-Za-z]\.[A-Za-z]|vs|cf|Mrs)\.$")
+STOP_IN_FORMULA = re.compile(rf"[.!?]\s*(\\end{ENVIRONMENT}\s*)*(\$\$?|\\\]|\\\)|\\end{ENVIRONMENT})$")
+COMPLETE = re.compile(rf"[.!?][)\"'”’]{{0,3}}\s*(\$\$?|\\\]|\\\)|\\end{ENVIRONMENT})?$")
+OPENING_LINE = re.compile(rf"(\s|\$\$|\\\[|\\begin{ENVIRONMENT}(\{{[^{{}}\n]{{0,20}}\}})?|\\left[\[({{.])+")
+CLOSING_LINE = re.compile(rf"(\s|\$\$|\\\]|\\end{ENVIRONMENT}|\\right[\])}}.]|[.,;])+")
+PAUSE_OR_RELATION = re.compile(r"(?<=[,;:])\s|(?<![\\&<>=!])&?([=<>]|\\(leq?|geq?|neq?|approx|equiv|implies|Rightarrow|iff)(?![a-zA-Z]))")
+
+
+def split_steps(text):
+    """Character boundaries of the reasoning steps of a response: strictly increasing from 0 to len(text) ([0] for "").
+
+    A response with a "#### n" line, or without any letter, has one step a line: each newline begins the next step, and the "#### n"
+    line belongs to the step before it (the paper's GSM8K rule). Any other response is read as a LaTeX solution (its MATH rule): a
+    step ends at a newline, and at a full stop before white space and a capital letter, but not inside a formula; the white space
+    begins the next step. The lines of a long display are steps. Fragments join a neighbour; very long sentences are cut near the
+    middle, at a comma, colon or relation sign.
+
+    Where this differs from the released heuristic: one regular expression decides what an abbreviation is, a delimiter without its
+    partner is plain text, and the thresholds are the four constants above. Time is linear in len(text).
+    """
+    first, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    if first >= end:
+        return [0, len(text)] if text else [0]
+    newlines = list(NEWLINE.finditer(text, first, end))
+    if re.search(r"^####", text, re.MULTILINE) or not re.search(r"[A-Za-z]", text):
+        return [0, *(m.start() for m in newlines if not text.startswith("####", m.end())), len(text)]
+
+    formulas = _formulas(text)
+    starts = [start for start, _, _ in formulas]
+
+    def formula_at(position):
+        i = bisect_right(starts, position) - 1
+        return formulas[i] if i >= 0 and position < formulas[i][1] else None
+
+    cuts = {m.start() for m in newlines if not formula_at(m.start())}
+    for m in SENTENCE_END.finditer(text, first, end):
+        if not formula_at(m.start()) and not ABBREVIATION.search(text, max(0, m.start() - 4), m.start() + 1):
+            cuts.add(m.end())
+    for start, stop, opener in formulas:
+        ends_sentence = opener != "[asy]" and STOP_IN_FORMULA.search(text, max(start, stop - 60), stop)
+        if ends_sentence and text[stop : stop + 20].lstrip()[:1].isupper():
+            cuts.add(stop)
+        if stop - start > LONG_DISPLAY and opener not in ("$", r"\(", "[asy]"):
+            cuts.update(_display_lines(text, start, stop))
+    return _cut_long(text, _join_fragments(text, [0, *sorted(cuts), len(text)]), formula_at)
+
+
+def _formulas(text):
+    """Outermost formulas [(start, stop, opener)] in order. A delimiter without a partner is text; `$` stays in its paragraph."""
+    waiting, found = {}, []  # waiting: opener -> where openers stand that have no partner yet
+    for m in DELIMITER.finditer(text):
+        mark = m.group()
+        if mark.isspace():
+            waiting.pop("$", None)
+            continue
+        opener = rf"\begin{{{m[2]}}}" if m[2] else PARTNER.get(mark)
+        if opener and waiting.get(opener):
+            found.append((waiting[opener].pop(), m.end(), opener))
+        elif m[1] or mark in PARTNER.values():
+            waiting.setdefault(mark, []).append(m.start())
+    outermost = []
+    for start, stop, opener in sorted(found, key=lambda f: (f[0], -f[1])):
+        if not outermost or start >= outermost[-1][1]:
+            outermost.append((start, stop, opener))
+        elif stop > outermost[-1][1]:  # crossing delimiters of broken text
+            outermost[-1] = (outermost[-1][0], stop, outermost[-1][2])
+    return outermost
+
+
+def _display_lines(text, start, stop):
+    """Where lines of the display text[start:stop] begin; one that only opens or closes an environment belongs to its neighbour."""
+    lines = [start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
+    for previous, line, following in zip(lines, lines[1:], lines[2:]):
+        if not OPENING_LINE.fullmatch(text, previous, line) and not CLOSING_LINE.fullmatch(text, line, following):
+            yield line
+
+
+def _join_fragments(text, cuts):
+    """Drop the cuts that would leave a piece of fewer than SHORT characters that is no sentence."""
+    kept = [0]
+    for cut in cuts[1:]:
+        piece = text[kept[-1] : cut].strip()
+        if len(piece) >= SHORT or (COMPLETE.search(piece) and len(piece) > 2):
+            kept.append(cut)
+    if kept[-1] != len(text):  # the last piece joins the one before
+        kept[-1:] = [len(text)] if len(kept) > 1 else [0, len(text)]
+    return kept
+
+
+def _cut_long(text, cuts, formula_at):
+    """Halve the pieces longer than LONG_SENTENCE near their middle: outside of formulas where possible, else inside."""
+    added, pending = [], [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a > LONG_SENTENCE]
+    places = ([], [])  # outside, inside of formulas
+    for m in PAUSE_OR_RELATION.finditer(text) if pending else ():
+        formula = formula_at(m.start())
+        if not formula or formula[2] != "[asy]":
+            places[bool(formula)].append(m.start())
+    while pending:
+        a, b = pending.pop()
+        for candidates in places:
+            allowed = candidates[bisect_left(candidates, (a + b) // 2) - 1 :][:2]
+            allowed = [c for c in allowed if a + HALF < c < b - HALF]
+            if allowed:
+                cut = min(allowed, key=lambda c: abs(c - (a + b) / 2))
+                added.append(cut)
+                pending += [(x, y) for x, y in ((a, cut), (cut, b)) if y - x > LONG_SENTENCE]
+                break
+    return sorted([*cuts, *added])
+
+
+# --- tokens: the same boundaries in the sampled token ids -----------------------------------------------------------------------
+
+
+def token_starts(token_ids, decode):
+    """The character of the decoded text at which each token begins; a token that adds no character begins where the text stands.
+
+    decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character whose bytes are spread over several
+    tokens begins with the first of them. The ids are decoded in windows of a few tokens, since a byte-level or SentencePiece decoder
+    gives other characters for a token alone than for the same token behind another.
+    """
+    starts, position, window, read = [], 0, 0, 0
+    for i in range(len(token_ids)):
+        starts.append(position)
+        before, after = decode(token_ids[window:read]), decode(token_ids[window : i + 1])
+        incomplete = after.endswith("\ufffd") and i - read < 8  # bytes of an unfinished character; 8 tokens on it is plain garbage
+        if not incomplete and len(after) > len(before):
+            position += len(after) - len(before)
+            window, read = read, i + 1
+    return starts
+
+
+def token_boundaries(steps, starts):
+    """Character boundaries of steps -> token boundaries, strictly increasing from 0 to len(starts).
+
+    A token belongs to the step that holds its first character (paper.md's rule: the ids that were sampled are the ids that are trained
+    on, a boundary inside a token never splits it). EOS and whatever follows the text belong to the last step. Steps without a token of
+    their own vanish.
+    """
+    return [0, *sorted({bisect_left(starts, b) for b in steps[1:-1]} - {0, len(starts)}), *([len(starts)] if starts else [])]
+
+
+# --- states, values, advantages -------------------------------------------------------------------------------------------------
+
+
+def distinct_states(prompts, responses, boundaries, max_steps=None):
+    """The states of a batch of responses, each distinct one once.
+
+    prompts, responses: token ids of each response; boundaries: its token boundaries. States are cut out of the sampled ids, never
+    tokenized again. Returns (states, indices): states is a list of (prompt ids, prefix ids); indices[i][t] tells which of them is
+    s_t of response i, t = 0..T-1, or None from max_steps on (max_step_for_value_estimation of the released configs).
+    """
+    number, indices = {}, []
+    for prompt, response, cuts in zip(prompts, responses, boundaries):
+        states = [(tuple(prompt), tuple(response[:cut])) for cut in cuts[:-1]]
+        indices.append([number.setdefault(s, len(number)) if max_steps is None or t < max_steps else None for t, s in enumerate(states)])
+    return [(list(prompt), list(prefix)) for prompt, prefix in number], indices
+
+
+def monte_carlo_values(rewards):
+    """V(s) = 1/K sum_k R(tau_k): the mean of each state's K rollout rewards. Unbiased for every K >= 1."""
+    return [sum(r) / len(r) for r in rewards]
+
+
+def step_advantages(values, reward):
+    """A_t of each step, from values[t] = V(s_t), t = 0..T-1, and the reward of the finished response (no discount).
+
+    A value of None (a state beyond the cap) is filled in from the end with the reward still to come, so the advantages of those
+    steps are 0 and the last valued state's step carries the difference. The sum is R - V(s_0).
+    """
+    filled = [reward if v is None else v for v in values]
+    # A_t = V(s_{t+1}) - V(s_t); for the last step r_t + V(s_T) = R + 0 takes the place of V(s_{t+1})
+    return [after - before for before, after in zip(filled, [*filled[1:], reward])]
+
+
+def token_advantages(boundaries, advantages):
+    """One advantage per token: each token of step t gets A_t."""
+    return [a for start, stop, a in zip(boundaries, boundaries[1:], advantages) for _ in range(start, stop)]
