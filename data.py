@@ -2,6 +2,8 @@
 
     train, test = load("gsm8k")
     prompts, skipped = encode(train, tokenizer, max_tokens=1024)
+
+The paper's prompt is the default template.
 """
 
 import csv
@@ -58,7 +60,9 @@ def load(dataset, template=None, chat=False):
     elif path.suffix in FILE_TYPES or len(path.parts) > 1:
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     else:
-        raise ValueError(f"--dataset {dataset} is not known: use math, gsm8k, arithmetic, or the path of a {'/'.join(FILE_TYPES)} file or folder")
+        raise ValueError(
+            f"--dataset {dataset} is not known: use math, gsm8k, arithmetic, or the path of a {'/'.join(FILE_TYPES)} file or folder"
+        )
     train, test = ([_problem(where, row) for where, row in split] for split in rows)
     if template is None and chat:
         boxed = "\\boxed" in train[0].solution or dataset == "math"
@@ -74,7 +78,10 @@ def encode(problems, tokenizer, max_tokens, chat=False):
     Returns (kept, skipped): kept is a list of (Problem, ids), skipped counts the problems whose prompt is longer than max_tokens.
     """
     if chat:
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False) for p in problems]
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False)
+            for p in problems
+        ]
     else:
         texts = [p.prompt for p in problems]
     ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a chat template writes its own BOS
@@ -161,7 +168,7 @@ def _gold(solution):
 # --- arithmetic: chains of 5-9 operations on numbers below 100, worked from left to right -------------------------------------------
 
 
-def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
+def arithmetic(num_train, num_test, seed=0, slip=(0.2, 0.2, 0.55)):
     """Rows of the built-in task, train and test disjoint: problem "8*9+6-7+5+1?", solution one line per operation and "#### 77".
 
     The solutions are a careless demonstrator's: on a carry in an addition, a borrow in a subtraction and a two-digit product with a

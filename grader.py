@@ -78,7 +78,7 @@ VALUE = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 INTEGER = r"[-+]?\d+"
 SLASHED = re.compile(rf"({VALUE})\s*/\s*({VALUE})")
 FRACTION = re.compile(rf"([-+]?)\s*\\frac\s*\{{\s*({VALUE})\s*\}}\s*\{{?\s*({VALUE})\s*\}}?")
-MIXED = re.compile(rf"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{{\s*(\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}|(?<=\s)(\d+)\s*/\s*(\d+))")
+MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))")
 SCIENTIFIC = re.compile(rf"({VALUE})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([-+]?\d{{1,3}})\s*\}}|(\d))")
 UNIT = re.compile(
     r"(?P<value>.*[^\s{(\[,])\s*(?:\\text\s*\{(?P<text>[^{}]*)\}(?:\s*\^\s*\{?(?P<power>\d)\}?)?"

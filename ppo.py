@@ -249,7 +249,9 @@ class Trainer:
             batch["advantages"][i, start:stop] = torch.tensor(e["advantages"])
             batch["engine_logprobs"][i, start:stop] = torch.tensor(e.get("engine_logprobs") or [0.0] * (stop - start))
             batch["action_mask"][i, start:stop] = 1.0
-        return {name: tensor.to(self.device) for name, tensor in batch.items()} | {"lengths": [len(e["prompt_ids"] + e["response_ids"]) for e in episodes]}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()} | {
+            "lengths": [len(e["prompt_ids"] + e["response_ids"]) for e in episodes]
+        }
 
     def _micro_batch(self, batch, rows):
         """The rows of the batch, cut to their own longest: [B, T'] ids, [B, T'-1] the rest."""

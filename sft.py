@@ -8,7 +8,8 @@ The result is a Hugging Face folder: train.py --model takes it.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two spinning thread teams on two cores ruin each other; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning thread teams ruin each other on few cores; read when torch is imported
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import random
 import sys
@@ -151,7 +152,9 @@ def main():
     if main_rank and skipped:
         print(f"skipped {skipped} of {skipped + len(rows)} sequences: longer than --max_tokens {settings.max_tokens}")
     progress = tqdm(disable=not main_rank, desc="sft", unit="step")
-    options = dict(epochs=settings.epochs, batch=settings.batch, micro_batch=settings.micro_batch, peak=settings.learning_rate, seed=settings.seed)
+    options = dict(
+        epochs=settings.epochs, batch=settings.batch, micro_batch=settings.micro_batch, peak=settings.learning_rate, seed=settings.seed
+    )
     for _, steps, loss in finetune(model, rows, device, **options):
         progress.total = steps
         progress.set_postfix(loss=f"{loss:.3f}")

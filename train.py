@@ -12,8 +12,10 @@ Read it after this file in the order in which data flows: rollout.py (sample) ->
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two spinning thread teams on two cores ruin each other; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning thread teams ruin each other on few cores; read when torch is imported
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+import argparse
 import dataclasses
 import json
 import random
@@ -36,12 +38,13 @@ from transformers.utils import logging
 import data
 import ppo
 import vine
-from grader import Grader, extract_answer
+from grader import Grader
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
 
 
 def setting(default, help, choices=None):
+    help += "" if default is None or default is False else f" (default: {default})"
     return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
@@ -49,7 +52,9 @@ def setting(default, help, choices=None):
 class Settings:
     # the run
     dataset: str = setting("arithmetic", "math, gsm8k, arithmetic (built in), or a path to your own file or folder")
-    model: str | None = setting(None, "Hugging Face folder or hub name to start from; default: the paper's SFT model for math and gsm8k, runs/sft for arithmetic")
+    model: str | None = setting(
+        None, "Hugging Face folder or hub name to start from; default: the paper's SFT model for math and gsm8k, runs/sft for arithmetic"
+    )
     algorithm: str = setting("vineppo", "where the advantages come from", ["vineppo"])
     run_dir: str | None = setting(None, "folder of settings.json, metrics.jsonl, checkpoints and the final model; default runs/DATASET")
     resume: bool = setting(False, "go on from the newest checkpoint in --run_dir")
@@ -102,16 +107,27 @@ DEFAULTS = {
     "math": PAPER,
     "gsm8k": PAPER | dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
     "arithmetic": PAPER | dict(
-        model="runs/sft", iterations=60, prompts_per_iteration=8, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
-        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=10, eval_samples=4, eval_temperature=1.0, eval_top_p=1.0,
-        save_every=20, activation_checkpointing=False,
+        model="runs/sft", iterations=100, prompts_per_iteration=8, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
+        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=20, eval_samples=4, eval_temperature=1.0, eval_top_p=1.0,
+        save_every=50, activation_checkpointing=False,
     ),
 }  # fmt: skip
 
 
 def parse_settings(argv):
     """Settings of a command line; what it leaves open comes from DEFAULTS, for a path of one's own from the paper's MATH settings."""
-    (settings,) = HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses(argv)
+    table = "".join(
+        f"  --{name:24}" + "".join(f"{str(DEFAULTS[d].get(name))!r:>32}" for d in DEFAULTS) + "\n" for name in DEFAULTS["gsm8k"]
+    )
+    parser = HfArgumentParser(
+        Settings,
+        description=__doc__,
+        epilog=f"defaults by --dataset:     {''.join(f'{d:>32}' for d in DEFAULTS)}\n{table}your own data: as math, with a --model of your own",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    (settings,) = parser.parse_args_into_dataclasses(argv)
+    if settings.eval_only and any(x is not None for x in (settings.iterations, settings.eval_every, settings.save_every)):
+        raise ValueError("--eval_only trains nothing: leave out --iterations, --eval_every and --save_every")
     for name, value in DEFAULTS.get(settings.dataset, PAPER).items():
         if getattr(settings, name) is None and not (name == "model" and settings.dataset not in DEFAULTS):
             setattr(settings, name, value)
@@ -136,16 +152,24 @@ def check(s, world):
     need(not (s.eval_only and s.resume), "--eval_only and --resume exclude each other: name the checkpoint's folder with --model")
     need(s.eval_problems is None or s.eval_problems >= 1, f"--eval_problems {s.eval_problems} must be at least 1")
     need(s.max_tokens < s.max_sequence, f"--max_tokens {s.max_tokens} leaves no room for a prompt in --max_sequence {s.max_sequence}")
-    need(s.prompts_per_iteration % world == 0, f"--prompts_per_iteration {s.prompts_per_iteration} does not divide over {world} ranks: take a multiple of {world}")
+    need(
+        s.prompts_per_iteration % world == 0,
+        f"--prompts_per_iteration {s.prompts_per_iteration} does not divide over {world} ranks: take a multiple of {world}",
+    )
     need(s.minibatch % world == 0, f"--minibatch {s.minibatch} does not divide over {world} ranks: take a multiple of {world}")
     episodes = s.prompts_per_iteration * s.responses_per_prompt
-    need(episodes % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide the iteration's {episodes} responses (prompts_per_iteration x responses_per_prompt)")
+    need(
+        episodes % s.minibatch == 0,
+        f"--minibatch {s.minibatch} does not divide the iteration's {episodes} responses (prompts_per_iteration x responses_per_prompt)",
+    )
     need(s.model, f"--model is missing: --dataset {s.dataset} has no model of its own")
     try:
         AutoConfig.from_pretrained(s.model)
     except (OSError, ValueError) as error:
         hint = "run `python sft.py` first, or " if s.model == DEFAULTS["arithmetic"]["model"] else ""
-        raise ValueError(f"--model {s.model} cannot be loaded: {hint}name a Hugging Face folder or hub model ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"--model {s.model} cannot be loaded: {hint}name a Hugging Face folder or hub model ({str(error).split(chr(10))[0]})"
+        ) from None
     if s.report_to != "none":
         try:
             __import__({"tensorboard": "tensorboard", "wandb": "wandb"}[s.report_to])
@@ -184,7 +208,9 @@ def vineppo(engine, grader, episodes, s):
     """
     for e in episodes:
         e["boundaries"] = vine.token_boundaries(vine.split_steps(e["text"]), vine.token_starts(e["response_ids"], engine.decode))
-    states, indices = vine.distinct_states(*zip(*[(e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]), s.max_valued_steps)
+    states, indices = vine.distinct_states(
+        *zip(*[(e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]), s.max_valued_steps
+    )
     answers = {i: e["answer"] for e, row in zip(episodes, indices) for i in row}
     left = [s.max_tokens - len(prefix) for _, prefix in states]  # what the state leaves of the response's token limit
     groups = engine.generate([prompt + prefix for prompt, prefix in states], s.K, left, s.temperature, s.top_p)
@@ -276,7 +302,7 @@ def open_run(s, run, first):
     """The metrics file of a run that starts after `first` iterations; refuses to overwrite another run's. Rank 0 only."""
     run.mkdir(parents=True, exist_ok=True)
     metrics = run / "metrics.jsonl"
-    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["iteration"] <= first] if s.resume and metrics.exists() else []
+    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["iteration"] <= first] if first else []
     metrics.write_text("".join(line + "\n" for line in kept))
     (run / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
     return open(metrics, "a", buffering=1)
@@ -301,15 +327,16 @@ def reporter(s, run):
 
 
 def main():
-    s = parse_settings(sys.argv[1:])
-    world, run = int(os.environ.get("WORLD_SIZE", 1)), Path(s.run_dir)
     try:
-        check(s, world)
+        s = parse_settings(sys.argv[1:])
+        check(s, int(os.environ.get("WORLD_SIZE", 1)))
+        run = Path(s.run_dir)
         if not s.eval_only and not s.resume and (run / "metrics.jsonl").exists():
             raise ValueError(f"--run_dir {run} holds a run already: add --resume to go on with it, or name another folder")
         tokenizer = AutoTokenizer.from_pretrained(s.model)
         (train, too_long), (test, test_too_long) = [
-            data.encode(problems, tokenizer, s.max_sequence - s.max_tokens, s.chat) for problems in data.load(s.dataset, s.prompt_template, s.chat)
+            data.encode(problems, tokenizer, s.max_sequence - s.max_tokens, s.chat)
+            for problems in data.load(s.dataset, s.prompt_template, s.chat)
         ]
         if not train or not test:
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
@@ -330,7 +357,9 @@ def train_run(s, run, tokenizer, train, test, too_long):
     rank, world = dist.get_rank(), dist.get_world_size()
     say = print if rank == 0 else lambda *_: None
     if too_long:
-        say(f"skipped {too_long} problems: their prompts are longer than {s.max_sequence - s.max_tokens} tokens (--max_sequence - --max_tokens)")
+        say(
+            f"skipped {too_long} problems: their prompts are longer than {s.max_sequence - s.max_tokens} tokens (--max_sequence - --max_tokens)"
+        )
     first, state = newest_checkpoint(run) if s.resume else (0, None)
     engine = Engine(
         s.model, max_tokens=s.max_sequence, stop=[s.stop] if s.stop else [], seed=(s.seed * 1000 + first) * world + rank,

@@ -1,6 +1,8 @@
 """Draw a run's learning curve: held-out accuracy and training reward over iterations.
 
     python experiments/plot.py runs/demo            # writes runs/demo/curve.png
+
+It reads what train.py wrote: settings.json and metrics.jsonl.
 """
 
 import json
@@ -26,7 +28,12 @@ def main():
     ):
         points = [(line["iteration"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="iteration", ylabel="share of right answers", ylim=(0, 1), title=f"VinePPO on {Path(settings['dataset']).name}, K = {settings['K']}")
+    axes.set(
+        xlabel="iteration",
+        ylabel="share of right answers",
+        ylim=(0, 1),
+        title=f"VinePPO on {Path(settings['dataset']).name}, K = {settings['K']}",
+    )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(run / "curve.png", dpi=150)

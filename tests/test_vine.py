@@ -172,7 +172,29 @@ def test_steps_of_readable_cases(steps):
     assert [text[a:b] for a, b in zip(cuts, cuts[1:])] == steps
 
 
-PIECES = ["$", "$$", "\\[", "\\]", "\\(", "\\begin{a}", "\\end{a}", "[asy]", "[/asy]", ". ", ".", "\n", " ", "A", "word ", "=", ", ", "\\", "####", "é", "\x00"]
+PIECES = [
+    "$",
+    "$$",
+    "\\[",
+    "\\]",
+    "\\(",
+    "\\begin{a}",
+    "\\end{a}",
+    "[asy]",
+    "[/asy]",
+    ". ",
+    ".",
+    "\n",
+    " ",
+    "A",
+    "word ",
+    "=",
+    ", ",
+    "\\",
+    "####",
+    "é",
+    "\x00",
+]
 
 
 @settings(max_examples=400, deadline=None)
@@ -183,7 +205,10 @@ def test_boundaries_strictly_increase_over_any_text(text):
     assert all(a < b for a, b in zip(cuts, cuts[1:]))
 
 
-@pytest.mark.parametrize("piece", ["\n", " ", "$", "\\[", "\\begin{a}", "\\begin{aaa", ". A", "a = b, ", "[asy]", "\\", "\n \n", "####", "A.", "(", "\n$ x. A", "\\]A."])
+@pytest.mark.parametrize(
+    "piece",
+    ["\n", " ", "$", "\\[", "\\begin{a}", "\\begin{aaa", ". A", "a = b, ", "[asy]", "\\", "\n \n", "####", "A.", "(", "\n$ x. A", "\\]A."],
+)
 def test_a_hundred_thousand_characters_take_no_time(piece):
     text = "x" + piece * (100_000 // len(piece)) + "x"
     start = time.perf_counter()

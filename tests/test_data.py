@@ -1,0 +1,204 @@
+"""Datasets load, templates fill, and every bad file gets one line that says where and what."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+
+
+def run_chain(expression):
+    """The value of a chain such as 8*9+6-7, worked from left to right, by other means than data.py's."""
+    value, rest = int(expression[0]), expression[1:]
+    for op, digit in zip(rest[::2], rest[1::2]):
+        value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__}[op](int(digit))
+        assert 0 <= value < 100
+    return value
+
+
+def test_arithmetic_is_right_disjoint_and_seeded():
+    train, test = data.load("arithmetic")
+    assert len(train) == 20_000 and len(test) == 500
+    assert not {p.prompt for p in train} & {p.prompt for p in test} and len({p.prompt for p in train}) == 20_000
+    assert data.load("arithmetic") == (train, test)
+    operations = set()
+    for p in [*train[:3000], *test]:
+        expression = p.prompt.removesuffix("?\n")
+        operations.add(len(expression) // 2)
+        assert str(run_chain(expression)) == p.answer
+        assert len(p.solution.splitlines()) == len(expression) // 2 + 1
+    assert operations == {5, 6, 7, 8, 9}
+
+
+def test_the_demonstrator_slips_on_carries_and_borrows_alone_and_goes_on_from_the_wrong_number():
+    hard, slipped = {"+": 0, "-": 0, "*": 0}, {"+": 0, "-": 0, "*": 0}
+    for p in data.load("arithmetic")[0][:5000]:
+        *lines, last = p.solution.splitlines()
+        value = int(p.prompt[0])
+        for line, op, digit in zip(lines, p.prompt[1::2], p.prompt[2::2]):
+            before, result = line.split("=")
+            assert before == f"{value}{op}{digit}"
+            ones, truth = value % 10, {"+": value.__add__, "-": value.__sub__, "*": value.__mul__}[op](int(digit))
+            is_hard = {"+": ones + int(digit) > 9, "-": ones < int(digit), "*": value > 9 and ones * int(digit) > 9}[op]
+            assert is_hard or int(result) == truth
+            hard[op] += is_hard
+            slipped[op] += int(result) != truth
+            value = int(result)
+        assert last == f"#### {value}"
+    for op, rate in {"+": 0.2, "-": 0.2, "*": 0.55}.items():
+        assert slipped[op] / hard[op] == pytest.approx(rate, abs=0.04)
+
+
+def test_gsm8k_and_math_load_by_path(shared_data):
+    train, test = data.load(shared_data / "gsm8k")
+    assert len(train) == 7473 and len(test) == 1319
+    assert test[0].answer == "18" and test[0].prompt.startswith("[MATH_TASK] Problem:\nJanet") and test[0].prompt.endswith("\n\nSolution:")
+    assert test[0].solution.startswith("Janet sells 16 - 3 - 4 = 9 duck eggs a day.\n")  # without calculator marks
+    assert {p.answer for p in test} >= {"70000", "2,125"} or all(p.answer for p in test)
+    train, test = data.load(shared_data / "math")
+    assert len(train) == 800 and len(test) == 200 and test[0].answer == "135"
+
+
+def test_math_gold_answers_follow_from_the_solutions(shared_data):
+    rows = [json.loads(line) for line in (shared_data / "math" / "train.jsonl").read_text().splitlines()]
+    found = [data._gold(row["solution"]) == row["answer"] for row in rows]
+    assert sum(found) / len(found) > 0.97  # the rest writes \boxed without braces or spaces otherwise
+
+
+@pytest.mark.parametrize("name", ["math", "gsm8k"])
+def test_hub_datasets_are_read_by_their_columns(monkeypatch, name):
+    rows = {
+        "math": {"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2", "subject": "Algebra", "level": 1},
+        "gsm8k": {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"},
+    }[name]
+    asked = []
+
+    def load_dataset(path, config):
+        asked.append((path, config))
+        return {"train": [rows], "test": [rows]}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (problem,), _ = data.load(name)
+    assert asked == [{"math": ("nlile/hendrycks-MATH-benchmark", None), "gsm8k": ("openai/gsm8k", "main")}[name]]
+    assert problem.prompt == "[MATH_TASK] Problem:\n1+1?\n\nSolution:" and problem.answer == "2"
+    assert "<<" not in problem.solution and problem.solution
+
+
+ROWS = [{"question": f"What is {i}, plus\n1?", "answer": str(i + 1)} for i in range(20)]
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(r) for r in rows) + "\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        import csv
+
+        with open(path, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_own_files_of_every_type(tmp_path, suffix):
+    train, test = data.load(write(tmp_path / f"mine{suffix}", ROWS))
+    assert len(train) == 18 and [p.answer for p in test] == ["10", "20"]
+    assert "What is 9, plus\n1?" in test[0].prompt
+    write(tmp_path / f"train{suffix}", ROWS[:12])
+    write(tmp_path / f"test{suffix}", ROWS[12:])
+    train, test = data.load(tmp_path)
+    assert len(train) == 12 and len(test) == 8
+
+
+@pytest.mark.parametrize(
+    "solution,gold",
+    [("a\n#### 1,080", "1,080"), ("so $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"), ("\\boxed{1} then \\boxed{\\text{a}}", "\\text{a}")],
+)
+def test_the_gold_answer_may_stand_at_the_end_of_the_solution(tmp_path, solution, gold):
+    train, test = data.load(write(tmp_path / "a.jsonl", [{"problem": "x", "solution": solution}] * 2))
+    assert train[0].answer == test[0].answer == gold
+
+
+def test_templates():
+    assert data.load("arithmetic", "Q: {problem}\nA: {literal}")[1][0].prompt.startswith("Q: 1+9*7")
+    assert "boxed{}" not in data.load("arithmetic", chat=True)[1][0].prompt
+    with pytest.raises(ValueError, match=r"--prompt_template 'Q: ' has no \{problem\}"):
+        data.load("arithmetic", "Q: ")
+
+
+def test_long_prompts_are_skipped_and_counted(tokenizer):
+    _, problems = data.load("arithmetic")
+    lengths = [len(p.prompt) + 1 for p in problems]  # one token a character, and BOS
+    kept, skipped = data.encode(problems, tokenizer, 16)
+    assert skipped == sum(n > 16 for n in lengths) > 0 and len(kept) + skipped == len(problems)
+    for problem, ids in kept:
+        assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == problem.prompt
+
+
+def test_chat_prompts_stand_in_the_chat_template(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}={{ m['content'] }}{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+    problem = data.load("arithmetic")[1][0]
+    ((_, ids),), _ = data.encode([problem], tokenizer, 100, chat=True)
+    assert tokenizer.decode(ids) == f"={problem.prompt}#"
+    tokenizer.chat_template = None
+
+
+GOOD = '{"problem": "p", "answer": "1"}\n'
+BAD_FILES = [  # file name, content, what the message must say
+    ("a.jsonl", "", ["a.jsonl", "empty"]),
+    ("a.jsonl", GOOD + "{oops}\n", ["a.jsonl", "line 2"]),
+    ("a.jsonl", GOOD + "[1]\n", ["a.jsonl line 2", "not an object"]),
+    ("a.jsonl", GOOD + '{"text": "p", "label": "1"}\n', ["a.jsonl line 2", "problem or question", "found text, label"]),
+    ("a.jsonl", GOOD + '{"problem": "p", "label": "1"}\n', ["a.jsonl line 2", "answer or solution", "found problem, label"]),
+    ("a.jsonl", GOOD + '{"problem": "p", "answer": ""}\n', ["a.jsonl line 2", "no gold answer"]),
+    ("a.jsonl", GOOD + '{"problem": "p", "solution": "no box"}\n', ["a.jsonl line 2", "no gold answer"]),
+    ("a.jsonl", GOOD, ["a.jsonl", "one row"]),
+    ("a.json", "[", ["a.json", "cannot be read"]),
+    ("a.json", "{}", ["a.json", "not a list"]),
+    ("a.csv", "problem,answer\na,1\nb\n", ["a.csv", "line 3", "2 fields"]),
+    ("a.csv", "problem,answer\n", ["a.csv", "empty"]),
+    ("a.parquet", "no parquet", ["a.parquet", "cannot be read"]),
+    ("a.txt", "x", ["a.txt", "unknown file type", ".jsonl"]),
+]
+
+
+@pytest.mark.parametrize("name,content,words", BAD_FILES)
+def test_bad_files_get_one_clear_line(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        data.load(path)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_unknown_names_and_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="--dataset mth is not known: use math, gsm8k, arithmetic"):
+        data.load("mth")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        data.load(tmp_path / "none.jsonl")
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    with pytest.raises(ValueError, match=r"exactly one test file \(test.jsonl, .*it holds train.jsonl"):
+        data.load(tmp_path)
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_never_crash_the_reader(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "arbitrary.jsonl"
+    path.write_bytes(content)
+    try:
+        data.load(path)
+    except ValueError as error:
+        assert "\n" not in str(error)

@@ -1,0 +1,91 @@
+"""The engine against the trainer: same log-probabilities before and after a weight sync, and a missed sync or a stale cache shows."""
+
+import pytest
+import torch
+
+import ppo
+
+
+@pytest.fixture
+def models(tiny_model, device, engine):
+    """The trainer's model, and a copy with other weights; the engine has the first one's when the test begins."""
+    model, other = ppo.load_sharded(tiny_model, device), ppo.load_sharded(tiny_model, device)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(7)
+        for parameter in other.parameters():
+            parameter.to_local().add_(0.05 * torch.randn(parameter.to_local().shape, generator=generator))
+    engine.load_weights(ppo.full_tensors(model))
+    return model, other
+
+
+PROMPT = [1, *([5, 13, 6, 15, 7, 17, 8, 18] * 9)]  # longer than a block of the prefix cache
+
+
+def gap(engine, model, prompt=PROMPT):
+    """Mean |engine's - trainer's| log-probability of sampled tokens, as ppo's logprob_gap."""
+    differences = []
+    for c in engine.generate([prompt], 8, 24, 0.7, logprobs=True)[0]:
+        ids = torch.tensor([prompt + c.token_ids])
+        with torch.no_grad():
+            expected = ppo.token_logprobs(model, ids)[0, len(prompt) - 1 :]
+        differences.append((expected - torch.tensor(c.logprobs)).abs())
+    return torch.cat(differences).mean().item()
+
+
+def test_engine_and_trainer_agree_before_and_after_a_weight_sync(engine, models):
+    model, other = models
+    assert gap(engine, model) < 1e-5
+    assert gap(engine, other) > 0.01  # a missed sync shows
+    engine.load_weights(ppo.full_tensors(other))
+    assert gap(engine, other) < 1e-5
+
+
+def test_a_stale_prefix_cache_would_be_noticed(engine, models, monkeypatch):
+    model, other = models
+    assert gap(engine, model) < 1e-5  # the prompt is in the cache now
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm, "reset_prefix_cache", lambda: True)  # forgets to do it
+        engine.load_weights(ppo.full_tensors(other))
+    assert gap(engine, other) > 1e-3
+    engine.load_weights(ppo.full_tensors(other))
+    assert gap(engine, other) < 1e-5
+
+
+def test_a_refused_reset_of_the_prefix_cache_is_an_error(engine, models, monkeypatch):
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="prefix cache"):
+        engine.load_weights(ppo.full_tensors(models[0]))
+
+
+def test_the_sampled_distribution_is_the_tempered_softmax(engine, models):
+    """4,000 first tokens against the exact probabilities at temperature 0.5: a chi-squared test."""
+    samples = [c.token_ids[0] for c in engine.generate([PROMPT], 4000, 1, 0.5)[0]]
+    with torch.no_grad():
+        p = (models[0](torch.tensor([PROMPT])).logits[0, -1].double() / 0.5).softmax(0)
+    counts = torch.bincount(torch.tensor(samples), minlength=len(p))
+    statistic = ((counts - 4000 * p) ** 2 / (4000 * p)).sum().item()
+    assert statistic < 50  # 20 degrees of freedom: exceeded with probability 2e-4
+
+
+def test_each_prompt_has_its_own_limit_and_completions_say_how_they_ended(engine, models, tokenizer):
+    groups = engine.generate([PROMPT] * 3, 40, [1, 5, 30], 1.0)
+    for limit, group in zip([1, 5, 30], groups):
+        assert len(group) == 40
+        for c in group:
+            text = engine.decode(c.token_ids)
+            ended = c.token_ids[-1] == tokenizer.eos_token_id or "#" in text  # "#" is the stop string of this engine
+            assert c.finished == ended
+            assert len(c.token_ids) == limit if not ended else len(c.token_ids) <= limit
+    ids = [c.token_ids for c in groups[2] if c.finished]
+    assert any(i[-1] == tokenizer.eos_token_id for i in ids) and any("#" in engine.decode(i) for i in ids)
+    for i in ids:
+        assert "#" not in engine.text(i) and engine.decode(i).startswith(engine.text(i))
+
+
+def test_prefixes_come_from_the_cache(engine, models):
+    looked_up, found = engine.prefix_cache_counts()
+    engine.generate([PROMPT], 1, 2, 1.0)
+    engine.generate([PROMPT + [5, 6]], 1, 2, 1.0)
+    after = engine.prefix_cache_counts()
+    assert after[0] - looked_up == 2 * len(PROMPT) + 2
+    assert after[1] - found == len(PROMPT) // 32 * 32  # whole blocks of 32 tokens
