@@ -77,6 +77,8 @@ def encode(problems, tokenizer, max_tokens, chat=False):
 
     Returns (kept, skipped): kept is a list of (Problem, ids), skipped counts the problems whose prompt is longer than max_tokens.
     """
+    if chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {tokenizer.name_or_path} has no chat template")
     if chat:
         texts = [
             tokenizer.apply_chat_template([{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False)

@@ -279,6 +279,7 @@ class Trainer:
             batch["old_logprobs"][rows, : old.shape[1]], batch["ref_logprobs"][rows, : ref.shape[1]] = old, ref
             d = ref - old
             sums += torch.stack([(x * mask).sum() for x in (entropy, torch.clamp(d.exp() - d - 1, 0, 10), gap)])
+        self.reference.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
         counts = torch.stack([batch["action_mask"].sum(), torch.tensor(float(len(batch["lengths"])), device=self.device)])
         entropy, kl, gap, tokens, responses = _sum_over_ranks(torch.cat([sums, counts])).tolist()
         return {"entropy": entropy / tokens, "kl": kl / responses, "logprob_gap": gap / tokens}

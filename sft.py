@@ -87,7 +87,7 @@ def sequences(problems, tokenizer, max_tokens, chat):
 def finetune(model, rows, device, *, epochs, batch, micro_batch, peak, seed, pad_token_id=0):
     """Minimize the mean negative log-likelihood of the response tokens, per optimizer step over all ranks. rows: see sequences.
 
-    All ranks are given the same rows and take turns in them. Yields the loss of each optimizer step.
+    All ranks are given the same rows and take turns in them. Yields (step, number of steps, loss) after each optimizer step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)

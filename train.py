@@ -224,11 +224,11 @@ def vineppo(engine, grader, episodes, s):
     for e, row in zip(episodes, indices):
         e["values"] = [None if i is None else values[i] for i in row]
         e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
-    return dict(values=values, rollout_tokens=sum(len(c.token_ids) for group in groups for c in group), rollouts=len(rollouts))
+    return dict(values=values, rollouts=len(rollouts), tokens=sum(len(c.token_ids) for group in groups for c in group))
 
 
 def evaluate(engine, grader, problems, s):
-    """Accuracy on (Problem, prompt ids): the mean over eval_samples responses each. All ranks share the work."""
+    """Accuracy on (Problem, prompt ids), the mean over eval_samples responses each; the number of responses; this rank's tokens."""
     mine = problems[dist.get_rank() :: dist.get_world_size()]
     completions = engine.generate([ids for _, ids in mine], s.eval_samples, s.max_tokens, s.eval_temperature, s.eval_top_p)
     responses = [
@@ -237,7 +237,7 @@ def evaluate(engine, grader, problems, s):
         for c in group
     ]
     scores = over_ranks(rewards(grader, responses))
-    return statistics.mean(scores), len(scores)
+    return statistics.mean(scores), len(scores), sum(len(c.token_ids) for group in completions for c in group)
 
 
 def over_ranks(items):
@@ -367,7 +367,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
     )  # fmt: skip
     grader = Grader(s.grader_workers)
     if s.eval_only:
-        accuracy, samples = evaluate(engine, grader, test, s)
+        accuracy, samples, _ = evaluate(engine, grader, test, s)
         say(f"accuracy {accuracy:.4f} ({len(test)} problems, {samples} responses, temperature {s.eval_temperature}, top_p {s.eval_top_p})")
         return shut_down(engine, grader)
 
@@ -390,6 +390,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
         say(f"accuracy before training {accuracy:.3f}")
         if rank == 0:
             log.write(json.dumps({"iteration": 0, "accuracy": round(accuracy, 5)}) + "\n")
+            report(0, {"accuracy": accuracy})
 
     progress = tqdm(range(first, s.iterations), initial=first, total=s.iterations, disable=rank != 0, unit="it", dynamic_ncols=True)
     for iteration in progress:
@@ -400,6 +401,8 @@ def train_run(s, run, tokenizer, train, test, too_long):
             episodes = sample_responses(engine, grader, drawn[rank::world], s)
         with phases("values"):
             vined = vineppo(engine, grader, episodes, s)
+        tokens = dict(sample=sum(len(e["response_ids"]) for e in episodes), values=vined["tokens"])
+        tokens["train"] = s.epochs * (tokens["sample"] + sum(len(e["prompt_ids"]) for e in episodes))
         engine.sleep()
         with phases("train"):
             update = trainer.update(episodes)
@@ -407,10 +410,10 @@ def train_run(s, run, tokenizer, train, test, too_long):
             engine.load_weights(ppo.full_tensors(trainer.model))
         if s.eval_every and ((iteration + 1) % s.eval_every == 0 or iteration + 1 == s.iterations):
             with phases("evaluate"):
-                accuracy = evaluate(engine, grader, test, s)[0]
+                accuracy, _, tokens["evaluate"] = evaluate(engine, grader, test, s)
             update["accuracy"] = accuracy
 
-        metrics = iteration_metrics(iteration + 1, episodes, vined, update, phases.seconds, grader.counts)
+        metrics = iteration_metrics(iteration + 1, episodes, vined, update, phases.seconds, tokens, grader.counts)
         looked_up, found = (after - before for after, before in zip(engine.prefix_cache_counts(), cache))
         metrics["prefix_cache_hit_rate"] = found / max(looked_up, 1)
         if rank == 0:
@@ -428,33 +431,32 @@ def train_run(s, run, tokenizer, train, test, too_long):
     shut_down(engine, grader)
 
 
-def iteration_metrics(iteration, episodes, vined, update, seconds, grader_counts):
+def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grader_counts):
     """One line of metrics.jsonl, over all ranks; every rank calls it."""
     episodes = over_ranks([{k: e[k] for k in ("reward", "finished", "advantages", "values")} for e in episodes])
-    vined = over_ranks([vined])
-    values = [v for part in vined for v in part["values"]]
+    parts = over_ranks([(vined["values"], vined["rollouts"], seconds, tokens, grader_counts)])
+    values, rollouts, seconds, tokens, counts = ([part[i] for part in parts] for i in range(5))
+    values = [v for rank in values for v in rank]
     advantages = [a for e in episodes for a in e["advantages"]]
-    seconds = {name: max(part[name] for part in parts) for parts in [over_ranks([seconds])] for name in parts[0]}
-    counts = {name: sum(part[name] for part in parts) for parts in [over_ranks([grader_counts])] for name in grader_counts}
-    rollout_tokens = sum(part["rollout_tokens"] for part in vined)
+    seconds = {name: max(rank[name] for rank in seconds) for name in seconds[0]}
+    tokens = {name: sum(rank[name] for rank in tokens) for name in tokens[0]}
     return (
         dict(
             iteration=iteration,
             reward=statistics.mean(e["reward"] for e in episodes),
             unfinished=statistics.mean(not e["finished"] for e in episodes),
             steps_per_response=statistics.mean(len(e["values"]) for e in episodes),
-            response_tokens=len(advantages),
             states=len(values),
-            rollouts=sum(part["rollouts"] for part in vined),
-            rollout_tokens=rollout_tokens,
+            rollouts=sum(rollouts),
             value_mean=statistics.mean(values),
             value_std=statistics.pstdev(values),
-            zero_advantages=statistics.mean(a == 0 for a in advantages),
-            tokens_per_second=(len(advantages) + rollout_tokens) / (seconds["sample"] + seconds["values"]),
+            zero_advantages=statistics.mean(a == 0 for a in advantages),  # share of the action tokens
+            tokens_per_second=(tokens["sample"] + tokens["values"]) / (seconds["sample"] + seconds["values"]),
         )
         | update
-        | {f"seconds_{name}": value for name, value in seconds.items()}
-        | {f"answers_{name}": value for name, value in counts.items()}
+        | {f"seconds_{name}": value for name, value in seconds.items()}  # of the slowest rank
+        | {f"tokens_{name}": value for name, value in tokens.items()}
+        | {f"answers_{name}": sum(rank[name] for rank in counts) for name in grader_counts}
     )
 
 

@@ -65,7 +65,7 @@ def split_steps(text):
         if not formula_at(m.start()) and not ABBREVIATION.search(text, max(0, m.start() - 4), m.start() + 1):
             cuts.add(m.end())
     for start, stop, opener in formulas:
-        ends_sentence = opener != "[asy]" and STOP_IN_FORMULA.search(text, max(start, stop - 60), stop)
+        ends_sentence = opener == "[asy]" or STOP_IN_FORMULA.search(text, max(start, stop - 60), stop)
         if ends_sentence and text[stop : stop + 20].lstrip()[:1].isupper():
             cuts.add(stop)
         if stop - start > LONG_DISPLAY and opener not in ("$", r"\(", "[asy]"):

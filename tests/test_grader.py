@@ -1,0 +1,376 @@
+"""A table of answers, grouped by kind: add a line to a group. Then what the grader does with hostile answers, and with its workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, torchrun
+
+import grader
+
+SAME = {  # kind: "answer | gold"
+    "fractions": r"""
+        1/2 | \frac{1}{2}
+        \dfrac12 | \frac{1}{2}
+        \tfrac{1}{2} | \frac12
+        \frac{-1}{2} | -\frac{1}{2}
+        0.5 | \frac12
+        .5 | 0.5
+        1\frac{1}{2} | \frac{3}{2}
+        11\frac12 | 11.5
+        3 1/2 | \frac{7}{2}
+        \frac{2}{4} | \frac{1}{2}
+    """,
+    "numbers": r"""
+        1,080 | 1080
+        1080 | 1,080
+        900,\!000,\!000 | 900000000
+        1{,}234 | 1234
+        42. | 42
+        $42$ | 42
+        042 | 42
+        2^{10} | 1024
+        5! | 120
+        1.2\times 10^5 | 120000
+        -0 | 0
+        +7 | 7
+    """,
+    "units": r"""
+        5\text{ cm} | 5
+        5 | 5\text{ cm}
+        5 cm | 5
+        12 \text{ square inches} | 12
+        5\mbox{ cm}^2 | 5
+        30^\circ | 30
+        30 | 30^{\circ}
+        90 degrees | 90
+        \$5 | 5
+        5 | \$5
+        5\% | 5
+        5 | 5\%
+        10\sqrt{3}\text{ square units} | 10\sqrt{3}
+    """,
+    "spacing and size": r"""
+        \left( \frac{11}{2}, -1, 1 \right) | (\frac{11}{2},-1,1)
+        14\pi | 14 \pi
+        \displaystyle 5 | 5
+        3\,000 | 3000
+        \mathbf{42} | 42
+        \boldsymbol{42} | 42
+        **42** | 42
+        \textbf{42} | 42
+    """,
+    "labels": r"""
+        x = 5 | 5
+        5 | x=5
+        x=5 | x = 5
+        y = 2x+3 | 2x + 3
+        f(x) = x+1 | x+1
+        x \in [1,2] | [1,2]
+    """,
+    "sets and lists": r"""
+        3, 5 | 5,3
+        \{1,2\} | 2,1
+        3 \text{ or } 5 | 5, 3
+        2, 3, and 5 | 5,3,2
+        4,6,14,15 | 15, 14, 6, 4
+        1 \pm \sqrt{2} | 1+\sqrt2, 1-\sqrt 2
+        \pm 2 | 2, -2
+    """,
+    "tuples and intervals": r"""
+        (1,2) | (1, 2)
+        (1/2,2) | \left(\frac12,2\right)
+        (-\infty, -14)\cup(-3,\infty) | (-3,\infty) \cup (-\infty,-14)
+        [0,1) | [0, 1)
+        (-\infty,4] | \left(-\infty, 4\right]
+    """,
+    "matrices": r"""
+        \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+        \begin{bmatrix}1\\0.5\end{bmatrix} | \begin{pmatrix} 1 \\ \frac{1}{2} \end{pmatrix}
+    """,
+    "expressions": r"""
+        2\sqrt{2} | \sqrt{8}
+        \frac{\sqrt{2}}{2} | \frac{1}{\sqrt{2}}
+        \frac{16\pi}{3} | \frac{16}{3}\pi
+        2.5\pi | \frac{5\pi}{2}
+        (x+1)^2 | x^2+2x+1
+        x(x-1)(x+1) | x^3-x
+        6+9i | 9i+6
+        \sqrt3 | \sqrt{3}
+        3\sqrt[3]{2} | \sqrt[3]{54}
+        2^{1/2} | \sqrt{2}
+        \frac{1}{x+1} | (x+1)^{-1}
+    """,
+    "choices and words": r"""
+        (A) | \text{(A)}
+        A | \text{(A)}
+        \text{E} | E
+        \textbf{(B)} | (B)
+        \text{Yes} | yes
+        \text{Monday} | Monday
+        \text{ellipse}. | \text{ellipse}
+    """,
+    "bases and times": r"""
+        52_7 | 52_{7}
+        1011_2 | 1011_{2}
+        5:30 | 5:30
+    """,
+}
+DIFFERENT = {
+    "size": r"""
+        500 | 5
+        0.05 | 5
+        5 | 0.05
+        0.05 | 5\%
+        500\% | 5
+    """,
+    "rounded": r"""
+        0.3333 | \frac13
+        0.33333333333333333333 | 1/3
+        1.41421356237309504880 | \sqrt{2}
+        3.14159265358979323846 | \pi
+        5.0001 | 5
+        4.9995 | 5
+        \sqrt{2}+10^{-20} | \sqrt{2}
+    """,
+    "brackets": r"""
+        (1,2) | [1,2]
+        (1,2] | (1,2)
+        [0,1) | (0,1]
+        (1,2) | \{1,2\}
+    """,
+    "lists and tuples": r"""
+        1,2 | 12
+        12 | 1,2
+        (2,1) | (1,2)
+        1,2 | 1,2,3
+        1,2,3 | 1,2
+        1,1,2 | 1,2,2
+        (1,2),(3,4) | (1,2),(4,3)
+        3 | 3,4
+        2 | \pm 2
+    """,
+    "matrices": r"""
+        \begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix}1&3\\2&4\end{pmatrix}
+        \begin{pmatrix}1&2\end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix}
+        \begin{vmatrix}1&2\\3&4\end{vmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+    """,
+    "bases and times": r"""
+        52_7 | 52_8
+        52 | 52_7
+        5:30 | 5:03
+    """,
+    "letters, words, units, labels": r"""
+        B | A
+        (B) | \text{(A)}
+        x | y
+        \text{Tuesday} | \text{Monday}
+        5 m | 5 cm
+        x=5 | y=5
+        \text{no} | 5
+    """,
+    "expressions": r"""
+        x+1 | x+2
+        (x+1)^2 | x^2+1
+        -\sqrt{2} | \sqrt{2}
+        \frac{\pi}{3} | \frac{\pi}{4}
+        x^2 | x
+        1.5 | 1\frac{1}{3}
+    """,
+    "nothing": r"""
+        \text{} | 5
+        ? | 5
+        \frac{}{} | 1
+        , | 1,2
+    """,
+}
+HOSTILE = [
+    "9^{9^{9^{9^{9}}}}", "((((((1000!)!)!)!)!)!)", "(" * 180 + "1" + ")" * 180, "(" * 10_000, "9" * 100_000, "9" * 390, r"\frac{" * 60 + "1",
+    r"\frac{1}{" * 40 + "1" + "}" * 40, "{" * 150 + "5" + "}" * 150, "٥", "5\x00", "\u202e5", r"\input{/etc/passwd}",
+    "__import__('os').system('touch pwned')", "inf", "nan", "-inf", r"\infty", "1e400", r"\int_0^{\infty} e^{x^{x^x}} dx", r"\sum_{n=1}^{10^{12}} n!",
+    r"\sqrt[10^{10}]{10^{10^{10}}}", "2^{3^{4^{5^{6}}}}", "x" * 350, "1,".join([""] * 190), r"\pm" * 120, "𝟓", "5" + "'" * 300, r"\begin{pmatrix}" * 20,
+    "1/0", r"\frac{1}{0}", "0^{-1}", "\\", "\\" * 300, "}{", "=", "==5==", "5 = 5 = 5 = 5 = 6", r"\text{" * 60, "-" * 300 + "5", "lambda: 5", "exit()",
+]  # fmt: skip
+
+
+def cases(table):
+    lines = [(kind, line.strip()) for kind, block in table.items() for line in block.strip().splitlines()]
+    return [pytest.param(*line.rsplit(" | ", 1), id=f"{kind}: {line}") for kind, line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_grader():
+    one = grader.Grader(workers=1, timeout=1.5)
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize("answer,gold", cases(SAME))
+def test_the_same_answer_written_otherwise(one_grader, answer, gold):
+    assert one_grader.grade([f"So it is $\\boxed{{{answer}}}$."], [gold]) == [True]
+
+
+@pytest.mark.parametrize("answer,gold", cases(DIFFERENT))
+def test_another_answer(one_grader, answer, gold):
+    assert one_grader.grade([f"So it is $\\boxed{{{answer}}}$."], [gold]) == [False]
+
+
+@pytest.mark.parametrize(
+    "text,answer",
+    [
+        (r"first \boxed{1}, no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{ 5. }", "5."),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
+        ("2+2=4\n#### 1,234", "1,234"),
+        ("#### 5\nmore\n#### 6", "6"),
+        ("#### 72\n\n", "72"),
+        ("The answer is 5.", "5"),
+        ("the final answer is: $x = 2.5$. Done.", "$x = 2.5$"),
+        (r"#### 5, that is \boxed{6}", "6"),
+        (r"\boxed{1} and then \boxed{", None),
+        (r"\boxed{1} and then \boxed{}", None),
+        (r"\boxed{ }", None),
+        (r"\boxed", None),
+        ("####", None),
+        ("no answer", None),
+        ("", None),
+    ],
+)
+def test_the_final_answer_of_a_text(text, answer):
+    assert grader.extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text,gold",
+    [
+        (r"It is 5, we might think \boxed{5}, but it is \boxed{6}", "5"),
+        ("5 eggs.\n#### 6", "5"),
+        (r"The answer is 5, so \boxed{}", "5"),
+        (r"\boxed{5", "5"),
+        ("5", "5"),
+    ],
+)
+def test_a_gold_answer_elsewhere_in_the_text_does_not_count(text, gold):
+    assert not grader.is_correct(text, gold)
+
+
+def test_is_correct_is_the_same_grader():
+    assert grader.is_correct("18 dollars a day.\n#### 1,080", "1080")
+    assert grader.is_correct(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
+
+
+@pytest.mark.parametrize("answer", HOSTILE, ids=lambda a: ascii(a[:30]))
+def test_hostile_answers_are_wrong_within_two_seconds(one_grader, answer):
+    start = time.perf_counter()
+    assert one_grader.grade([f"#### {answer}", f"\\boxed{{{answer}}}"], ["7", r"\sqrt{7}"]) == [False, False]
+    assert time.perf_counter() - start < 4.5  # two pairs, one after the other
+    assert not os.path.exists("pwned")
+
+
+def test_hostile_answers_do_not_delay_the_others():
+    both = grader.Grader(workers=2, timeout=1.0)
+    both.grade([r"\boxed{\sqrt{8}}"] * 2, [r"\sqrt{2}", r"\sqrt{3}"])  # the workers are up
+    texts = [r"\boxed{9^{9^{9^{9^{9}}}}}"] + [rf"\boxed{{\sqrt{{{n}}}+x}}" for n in range(2, 32)]
+    golds = [r"\sqrt{2}"] + [rf"x+\sqrt{{{n}}}" for n in range(2, 32)]
+    start = time.perf_counter()
+    assert both.grade(texts, golds) == [False] + [True] * 30
+    assert time.perf_counter() - start < 4
+    assert both.counts["timed_out"] == 1
+    both.close()
+
+
+def test_counts_and_the_cache():
+    g = grader.Grader(workers=1)
+    assert g.grade(["#### 5", "#### 5", "#### 6", "none"], ["5", "5", "5", "5"]) == [True, True, False, False]
+    assert g.counts == dict(graded=2, cached=1, timed_out=0, no_answer=1)
+    g.grade(["#### 5"], ["5"])
+    assert g.counts["cached"] == 2
+    with pytest.raises(ValueError):
+        g.grade(["#### 5"], [])
+    g.close()
+
+
+def test_works_from_threads():
+    g, results = grader.Grader(workers=2), []
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(g.grade([rf"\boxed{{\sqrt{{{n * n * 2}}}}}"], [rf"{n}\sqrt2"])))
+        for n in range(2, 8)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert results == [[True]] * 6
+    g.close()
+
+
+def workers_of(tag):
+    """Process ids whose environment carries the tag."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if tag.encode() in open(f"/proc/{pid}/environ", "rb").read() and b"grader.py" in open(f"/proc/{pid}/cmdline", "rb").read():
+                found.append(int(pid))
+        except OSError:
+            pass
+    return found
+
+
+SCRIPT = """
+import os, sys, grader
+g = grader.Grader(workers=2)
+print(g.grade([r"\\\\boxed{\\\\sqrt{8}}", "#### 5"], [r"2\\\\sqrt{2}", "5"]), flush=True)
+if sys.argv[1] == "wait":
+    import time; time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("ending", ["ends", "killed"])
+def test_no_worker_outlives_its_program(tmp_path, ending):
+    tag = f"GRADER_TEST={tmp_path}"
+    script = tmp_path / "use_it.py"
+    script.write_text(SCRIPT.replace("\\\\", "\\"))
+    environment = os.environ | {"GRADER_TEST": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen(
+        [sys.executable, script, "wait" if ending == "killed" else "end"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert program.stdout.readline() == "[True, True]\n"
+    if ending == "killed":
+        assert workers_of(tag)
+        program.send_signal(signal.SIGKILL)
+    program.wait()
+    deadline = time.time() + 5
+    while workers_of(tag) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not workers_of(tag)
+
+
+def test_works_under_torchrun(tmp_path):
+    script = tmp_path / "use_it.py"
+    script.write_text(SCRIPT.replace("\\\\", "\\"))
+    done = torchrun(2, script, "end")
+    assert done.returncode == 0 and done.stdout.count("[True, True]") == 2, done.stderr
+
+
+def test_math_gold_answers_equal_themselves_and_not_the_next(shared_data):
+    import json
+
+    golds = sorted({json.loads(line)["answer"] for line in (shared_data / "math" / "train.jsonl").read_text().splitlines()})
+    g = grader.Grader(workers=2)
+    assert all(g.grade([f"\\boxed{{{gold}}}" for gold in golds], golds))
+    spaced = [gold.replace("+", " + ").replace("\\frac", "\\dfrac").replace(",", ", ") for gold in golds]
+    assert all(
+        g.grade(
+            [f"\\boxed{{{answer}.}}" for answer in spaced if ", \\!" not in answer], [a for a, s in zip(golds, spaced) if ", \\!" not in s]
+        )
+    )
+    wrong = g.grade([f"\\boxed{{{gold}}}" for gold in golds], golds[1:] + golds[:1])
+    accepted = [(a, b) for a, b, w in zip(golds, golds[1:] + golds[:1], wrong) if w]
+    assert all(grader._number(grader._normal(a)) is not None for a, _ in accepted), accepted  # 0.5 beside \frac12 are equal
+    assert g.counts["timed_out"] == 0
+    g.close()

@@ -1,0 +1,190 @@
+"""Whole runs, started as their user would start them, and every bad input's one line."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, torchrun
+from transformers import AutoModelForCausalLM
+
+import train
+
+# small enough for seconds: every iteration is 4 problems x 2 responses, K = 2
+SMALL = ["--dataset", "arithmetic", "--prompts_per_iteration", "4", "--responses_per_prompt", "2", "--K", "2", "--minibatch", "4"]
+SMALL += ["--max_tokens", "40", "--eval_problems", "8", "--eval_samples", "1"]
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_learn_arithmetic(tmp_path):
+    """sft.py and train.py as in `make demo`, shorter: held-out accuracy must rise by more than its noise can."""
+    done = torchrun(2, "sft.py", "--dataset", "arithmetic", "--epochs", "0.8", "--out", tmp_path / "sft")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    arguments = ["--iterations", "20", "--learning_rate", "1.5e-4", "--eval_every", "20", "--save_every", "0"]
+    done = torchrun(2, "train.py", "--dataset", "arithmetic", "--model", tmp_path / "sft", "--run_dir", run, *arguments)
+    assert done.returncode == 0, done.stderr
+    first, *lines = metrics_of(run)
+    # 500 problems x 4 responses: the standard error of one accuracy is below 0.02, of the difference below 0.03
+    assert lines[-1]["accuracy"] > first["accuracy"] + 0.05, (first, lines[-1]["accuracy"])
+    assert [line["iteration"] for line in lines] == list(range(1, 21))
+    for line in lines:
+        assert line["logprob_gap"] < 1e-4  # the engine has the trainer's weights in every iteration
+        assert line["skipped_steps"] == 0 and line["rollouts"] == 9 * line["states"]
+        assert line["states"] <= 64 * line["steps_per_response"]
+        assert 0 <= line["value_mean"] <= 1 and 0 <= line["zero_advantages"] <= 1
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] > 0
+    assert "accuracy before training" in done.stdout and f"wrote {run / 'model'}" in done.stdout
+    AutoModelForCausalLM.from_pretrained(run / "model")
+    plot = subprocess.run([sys.executable, "experiments/plot.py", run], cwd=ROOT, capture_output=True, text=True)
+    assert plot.returncode == 0 and (run / "curve.png").stat().st_size > 10_000, plot.stderr
+
+
+INTERRUPTED = """
+import os, signal, train
+checkpoint = train.checkpoint
+def then_die(*arguments):
+    checkpoint(*arguments)
+    if arguments[3] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+train.checkpoint = then_die
+train.main()
+"""
+
+
+def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    arguments = [*SMALL, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 3, "--eval_every", 0, "--save_every", 1]
+    arguments += ["--report_to", "tensorboard"]
+    killed = torchrun(1, tmp_path / "interrupted.py", *arguments)
+    assert killed.returncode != 0 and [line["iteration"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+    refused = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "holds a run already: add --resume" in refused.stderr
+    done = subprocess.run([sys.executable, "train.py", *map(str, arguments), "--resume"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "after iteration 2" in done.stdout
+    lines = metrics_of(tmp_path / "run")
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    assert lines[2]["learning_rate"] < lines[1]["learning_rate"] < lines[0]["learning_rate"]  # the schedule went on
+    states = sorted(p.parent.name for p in (tmp_path / "run" / "checkpoints").glob("*/state"))
+    assert states == ["3"]  # the training state of the newest only; every checkpoint is a model
+    for name in ("1", "2", "3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / name)
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["K"] == 2
+
+
+FAILING = """
+import os, signal, sys, train, ppo
+how = sys.argv.pop()
+def fail(self, episodes):
+    if how == "raise":
+        raise RuntimeError("a broken rank")
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    ppo.Trainer.update = fail
+train.main()
+"""
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_when_one_rank_fails_all_stop_and_say_why(tmp_path, tiny_model, how):
+    (tmp_path / "failing.py").write_text(FAILING)
+    arguments = [*SMALL, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 2, "--eval_every", 0]
+    start = time.time()
+    done = torchrun(2, tmp_path / "failing.py", *arguments, how)
+    assert done.returncode != 0 and time.time() - start < 120
+    assert ("rank 1 failed: RuntimeError('a broken rank')" if how == "raise" else "SIGKILL") in done.stderr
+
+
+def test_evaluation_alone(tmp_path, tiny_model):
+    command = [sys.executable, "train.py", *SMALL, "--model", tiny_model, "--run_dir", str(tmp_path / "run"), "--eval_only"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy 0.0000 (8 problems, 8 responses, temperature 1.0, top_p 1.0)" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------------------
+
+BAD_INPUT = [  # arguments, ranks, what the message says
+    ("--dataset mth", 1, "--dataset mth is not known: use math, gsm8k, arithmetic"),
+    ("--dataset none/mine.jsonl --model {model}", 1, "none/mine.jsonl: no such file"),
+    ("--dataset {empty} --model {model}", 1, "empty.jsonl is empty"),
+    ("--dataset {broken} --model {model}", 1, "broken.jsonl cannot be read: line 2"),
+    ("--dataset {columns} --model {model}", 1, "needs a column problem or question, found text"),
+    ("--dataset {nogold} --model {model}", 1, "line 1 has no gold answer"),
+    ("--dataset {broken}", 1, "--model is missing"),
+    ("--model no/where", 1, "--model no/where cannot be loaded"),
+    ("--model {model} --prompts_per_iteration 3", 2, "--prompts_per_iteration 3 does not divide over 2 ranks: take a multiple of 2"),
+    ("--model {model} --minibatch 3", 2, "--minibatch 3 does not divide over 2 ranks"),
+    ("--model {model} --minibatch 24", 1, "--minibatch 24 does not divide the iteration's 64 responses"),
+    ("--model {model} --K 0", 1, "--K 0 must be at least 1"),
+    ("--model {model} --top_p 1.5", 1, "--top_p 1.5 must be above 0 and at most 1"),
+    ("--model {model} --temperature 0", 1, "--temperature 0.0 must be above 0"),
+    ("--model {model} --iterations 0", 1, "--iterations 0 trains nothing"),
+    ("--model {model} --iterations 0 --eval_only", 1, "--eval_only trains nothing: leave out --iterations"),
+    ("--model {model} --eval_only --resume", 1, "--eval_only and --resume exclude each other"),
+    ("--model {model} --max_tokens 200", 1, "--max_tokens 200 leaves no room for a prompt in --max_sequence 160"),
+    ("--model {model} --max_sequence 130", 1, "every prompt is longer than --max_sequence - --max_tokens = 2 tokens"),
+    ("--model {model} --prompt_template x", 1, "has no {problem} in it"),
+    ("--model {model} --chat", 1, "--chat: the tokenizer of"),
+    ("--model {model} --report_to wandb", 1, "--report_to wandb: the package is not installed"),
+]
+
+
+@pytest.mark.parametrize("arguments,ranks,message", BAD_INPUT, ids=[a for a, _, _ in BAD_INPUT])
+def test_bad_input_gets_one_line_before_anything_loads(arguments, ranks, message, tmp_path, tiny_model, monkeypatch):
+    if "wandb" in arguments:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    files = dict(
+        empty="", broken='{"problem": "p", "answer": "1"}\n{', columns='{"text": "p"}\n', nogold='{"problem": "p", "answer": ""}\n'
+    )
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    filled = arguments.replace("{model}", tiny_model)
+    for name in files:
+        filled = filled.replace(f"{{{name}}}", str(tmp_path / f"{name}.jsonl"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run_dir", str(tmp_path / "run"), *filled.split()])
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train, "train_run", lambda *_: pytest.fail("the run began"))
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    assert message in str(exit.value) and "\n" not in str(exit.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_from_the_shell(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "--dataset", "mth"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_sft_refuses_what_it_cannot_learn_from(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}\n' * 2)
+    for arguments, message in [
+        (["--dataset", tmp_path / "a.jsonl", "--model", "m"], "no solutions to learn from"),
+        (["--dataset", "mth"], "--dataset mth is not known"),
+        (["--dataset", tmp_path / "a.jsonl"], "--model is missing"),
+    ]:
+        done = subprocess.run([sys.executable, "sft.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_the_defaults_of_every_dataset():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for words in (
+        "realtreetune/rho-1b-sft-MATH",
+        "rollouts that estimate the value of each state (default: 9)",
+        "torchrun --nproc_per_node=8",
+    ):
+        assert words in done.stdout
