@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 DEVICES := $(if $(filter 0,$(GPUS)),$(shell nproc),$(GPUS))
-# one rank per GPU, else per core: 1, 2, 4 or 8, so that the demo's 8 problems an iteration divide
+# one rank per GPU, else per core: 1, 2, 4 or 8, so that the demo's batches divide
 RANKS := $(shell for n in 8 4 2 1; do [ $(DEVICES) -ge $$n ] && echo $$n && break; done)
 TORCHRUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS)
 

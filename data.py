@@ -170,7 +170,7 @@ def _gold(solution):
 # --- arithmetic: chains of 5-9 operations on numbers below 100, worked from left to right -------------------------------------------
 
 
-def arithmetic(num_train, num_test, seed=0, slip=(0.2, 0.2, 0.55)):
+def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
     """Rows of the built-in task, train and test disjoint: problem "8*9+6-7+5+1?", solution one line per operation and "#### 77".
 
     The solutions are a careless demonstrator's: on a carry in an addition, a borrow in a subtraction and a two-digit product with a

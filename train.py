@@ -65,8 +65,8 @@ class Settings:
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     # sampling
     prompts_per_iteration: int | None = setting(None, "problems drawn in each iteration, with replacement")
-    responses_per_prompt: int = setting(8, "responses sampled for each of them")
-    K: int = setting(9, "rollouts that estimate the value of each state")
+    responses_per_prompt: int | None = setting(None, "responses sampled for each of them")
+    K: int | None = setting(None, "rollouts that estimate the value of each state")
     max_valued_steps: int | None = setting(None, "states from this step on get no rollouts (25 on GSM8K; default: no cap)")
     temperature: float | None = setting(None, "sampling temperature of responses and rollouts; the trainer divides its logits by it too")
     top_p: float | None = setting(None, "nucleus of responses and rollouts")
@@ -99,7 +99,7 @@ class Settings:
 
 
 PAPER = dict(  # Rho-1B on MATH; arXiv 2410.01679 and the released configs (rho1b, deepseekmath7b)
-    model="realtreetune/rho-1b-sft-MATH", iterations=1000, prompts_per_iteration=64, temperature=0.6, top_p=0.9, max_tokens=1024,
+    model="realtreetune/rho-1b-sft-MATH", iterations=1000, prompts_per_iteration=64, responses_per_prompt=8, K=9, temperature=0.6, top_p=0.9, max_tokens=1024,
     max_sequence=2048, stop="\n\n\nProblem:", learning_rate=1e-6, minibatch=64, micro_batch=4, eval_every=25, eval_samples=16,
     eval_temperature=0.35, eval_top_p=0.9, save_every=50, activation_checkpointing=True,
 )  # fmt: skip
@@ -107,9 +107,9 @@ DEFAULTS = {
     "math": PAPER,
     "gsm8k": PAPER | dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
     "arithmetic": PAPER | dict(
-        model="runs/sft", iterations=100, prompts_per_iteration=8, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
-        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=20, eval_samples=4, eval_temperature=1.0, eval_top_p=1.0,
-        save_every=50, activation_checkpointing=False,
+        model="runs/sft", iterations=90, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
+        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=15, eval_samples=2, eval_temperature=1.0, eval_top_p=1.0,
+        save_every=45, activation_checkpointing=False,
     ),
 }  # fmt: skip
 
@@ -162,7 +162,17 @@ def check(s, world):
         episodes % s.minibatch == 0,
         f"--minibatch {s.minibatch} does not divide the iteration's {episodes} responses (prompts_per_iteration x responses_per_prompt)",
     )
-    need(s.model, f"--model is missing: --dataset {s.dataset} has no model of its own")
+    if s.report_to != "none":
+        try:
+            __import__({"tensorboard": "tensorboard", "wandb": "wandb"}[s.report_to])
+        except ImportError:
+            raise ValueError(f"--report_to {s.report_to}: the package is not installed (pip install {s.report_to})") from None
+
+
+def load_tokenizer(s):
+    """The tokenizer of --model; raises ValueError where there is no such model."""
+    if not s.model:
+        raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
     try:
         AutoConfig.from_pretrained(s.model)
     except (OSError, ValueError) as error:
@@ -170,11 +180,7 @@ def check(s, world):
         raise ValueError(
             f"--model {s.model} cannot be loaded: {hint}name a Hugging Face folder or hub model ({str(error).split(chr(10))[0]})"
         ) from None
-    if s.report_to != "none":
-        try:
-            __import__({"tensorboard": "tensorboard", "wandb": "wandb"}[s.report_to])
-        except ImportError:
-            raise ValueError(f"--report_to {s.report_to}: the package is not installed (pip install {s.report_to})") from None
+    return AutoTokenizer.from_pretrained(s.model)
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------------------
@@ -299,7 +305,7 @@ def newest_checkpoint(run):
 
 
 def open_run(s, run, first):
-    """The metrics file of a run that starts after `first` iterations; refuses to overwrite another run's. Rank 0 only."""
+    """The metrics file of a run that starts after `first` iterations. Rank 0 only."""
     run.mkdir(parents=True, exist_ok=True)
     metrics = run / "metrics.jsonl"
     kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["iteration"] <= first] if first else []
@@ -333,11 +339,9 @@ def main():
         run = Path(s.run_dir)
         if not s.eval_only and not s.resume and (run / "metrics.jsonl").exists():
             raise ValueError(f"--run_dir {run} holds a run already: add --resume to go on with it, or name another folder")
-        tokenizer = AutoTokenizer.from_pretrained(s.model)
-        (train, too_long), (test, test_too_long) = [
-            data.encode(problems, tokenizer, s.max_sequence - s.max_tokens, s.chat)
-            for problems in data.load(s.dataset, s.prompt_template, s.chat)
-        ]
+        problems = data.load(s.dataset, s.prompt_template, s.chat)
+        tokenizer = load_tokenizer(s)
+        (train, too_long), (test, test_too_long) = [data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat) for p in problems]
         if not train or not test:
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
     except (ValueError, OSError) as error:

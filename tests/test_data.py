@@ -47,7 +47,7 @@ def test_the_demonstrator_slips_on_carries_and_borrows_alone_and_goes_on_from_th
             slipped[op] += int(result) != truth
             value = int(result)
         assert last == f"#### {value}"
-    for op, rate in {"+": 0.2, "-": 0.2, "*": 0.55}.items():
+    for op, rate in {"+": 0.15, "-": 0.15, "*": 0.55}.items():
         assert slipped[op] / hard[op] == pytest.approx(rate, abs=0.04)
 
 

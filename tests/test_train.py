@@ -26,19 +26,19 @@ def metrics_of(run):
 
 def test_two_ranks_learn_arithmetic(tmp_path):
     """sft.py and train.py as in `make demo`, shorter: held-out accuracy must rise by more than its noise can."""
-    done = torchrun(2, "sft.py", "--dataset", "arithmetic", "--epochs", "0.8", "--out", tmp_path / "sft")
+    done = torchrun(2, "sft.py", "--dataset", "arithmetic", "--out", tmp_path / "sft")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
-    arguments = ["--iterations", "20", "--learning_rate", "1.5e-4", "--eval_every", "20", "--save_every", "0"]
+    arguments = ["--iterations", "24", "--eval_every", "24", "--save_every", "0"]
     done = torchrun(2, "train.py", "--dataset", "arithmetic", "--model", tmp_path / "sft", "--run_dir", run, *arguments)
     assert done.returncode == 0, done.stderr
     first, *lines = metrics_of(run)
-    # 500 problems x 4 responses: the standard error of one accuracy is below 0.02, of the difference below 0.03
+    # 500 problems x 2 responses: the standard error of one accuracy is below 0.016, of the difference below 0.023
     assert lines[-1]["accuracy"] > first["accuracy"] + 0.05, (first, lines[-1]["accuracy"])
-    assert [line["iteration"] for line in lines] == list(range(1, 21))
+    assert [line["iteration"] for line in lines] == list(range(1, 25))
     for line in lines:
         assert line["logprob_gap"] < 1e-4  # the engine has the trainer's weights in every iteration
-        assert line["skipped_steps"] == 0 and line["rollouts"] == 9 * line["states"]
+        assert line["skipped_steps"] == 0 and line["rollouts"] == 4 * line["states"]
         assert line["states"] <= 64 * line["steps_per_response"]
         assert 0 <= line["value_mean"] <= 1 and 0 <= line["zero_advantages"] <= 1
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] > 0
@@ -122,7 +122,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--dataset {broken} --model {model}", 1, "broken.jsonl cannot be read: line 2"),
     ("--dataset {columns} --model {model}", 1, "needs a column problem or question, found text"),
     ("--dataset {nogold} --model {model}", 1, "line 1 has no gold answer"),
-    ("--dataset {broken}", 1, "--model is missing"),
+    ("--dataset {fine}", 1, "--model is missing"),
     ("--model no/where", 1, "--model no/where cannot be loaded"),
     ("--model {model} --prompts_per_iteration 3", 2, "--prompts_per_iteration 3 does not divide over 2 ranks: take a multiple of 2"),
     ("--model {model} --minibatch 3", 2, "--minibatch 3 does not divide over 2 ranks"),
@@ -145,9 +145,8 @@ BAD_INPUT = [  # arguments, ranks, what the message says
 def test_bad_input_gets_one_line_before_anything_loads(arguments, ranks, message, tmp_path, tiny_model, monkeypatch):
     if "wandb" in arguments:
         monkeypatch.setitem(sys.modules, "wandb", None)
-    files = dict(
-        empty="", broken='{"problem": "p", "answer": "1"}\n{', columns='{"text": "p"}\n', nogold='{"problem": "p", "answer": ""}\n'
-    )
+    row = '{"problem": "p", "answer": "1"}\n'
+    files = dict(empty="", fine=row * 2, broken=row + "{", columns='{"text": "p"}\n' * 2, nogold='{"problem": "p", "answer": ""}\n' * 2)
     for name, content in files.items():
         (tmp_path / f"{name}.jsonl").write_text(content)
     filled = arguments.replace("{model}", tiny_model)
@@ -184,7 +183,7 @@ def test_help_names_the_defaults_of_every_dataset():
     assert done.returncode == 0
     for words in (
         "realtreetune/rho-1b-sft-MATH",
-        "rollouts that estimate the value of each state (default: 9)",
+        "rollouts that estimate the value of each state",
         "torchrun --nproc_per_node=8",
     ):
         assert words in done.stdout
