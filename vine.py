@@ -17,9 +17,8 @@ from bisect import bisect_left, bisect_right
 # --- steps: where the text of a response is cut ---------------------------------------------------------------------------------
 
 SHORT = 20  # characters: a shorter piece that is no sentence joins its neighbour
-LONG_DISPLAY = 100  # characters: a longer display of several lines is cut at its lines
-LONG_SENTENCE = 300  # characters: a longer sentence is cut near its middle ...
-HALF = 40  # ... where both halves keep this many characters
+LONG = 100  # characters: a longer piece is cut near its middle ...
+HALF_TEXT, HALF_FORMULA = 40, 20  # ... where both halves keep this many characters
 
 NEWLINE = re.compile(r"\n\s*")
 ENVIRONMENT = r"\{([a-zA-Z]+\*?)\}"
@@ -29,9 +28,11 @@ SENTENCE_END = re.compile(r"[.!?][)\"'”’]{0,3}(?=\s+[A-Z])")
 ABBREVIATION = re.compile(r"(?<![A-Za-z])([A-Za-z]|[A-Z][a-z]|[A-Za-z]\.[A-Za-z]|vs|cf|Mrs)\.$")
 STOP_IN_FORMULA = re.compile(rf"[.!?]\s*(\\end{ENVIRONMENT}\s*)*(\$\$?|\\\]|\\\)|\\end{ENVIRONMENT})$")
 COMPLETE = re.compile(rf"[.!?][)\"'”’]{{0,3}}\s*(\$\$?|\\\]|\\\)|\\end{ENVIRONMENT})?$")
+ENUMERATOR = re.compile(r"\(?\w{0,3}[.)]{1,2}")  # "10." of a numbered list
 OPENING_LINE = re.compile(rf"(\s|\$\$|\\\[|\\begin{ENVIRONMENT}(\{{[^{{}}\n]{{0,20}}\}})?|\\left[\[({{.])+")
 CLOSING_LINE = re.compile(rf"(\s|\$\$|\\\]|\\end{ENVIRONMENT}|\\right[\])}}.]|[.,;])+")
-PAUSE_OR_RELATION = re.compile(r"(?<=[,;:])\s|(?<![\\&<>=!])&?([=<>]|\\(leq?|geq?|neq?|approx|equiv|implies|Rightarrow|iff)(?![a-zA-Z]))")
+PAUSES = [re.compile(p) for p in (r"[,;](?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")]  # a long piece is cut behind these in text,
+RELATIONS = [re.compile(p) for p in (r",(?=\$|\\[)\]])", r"(?<![\\&<>=!])=", r"\\equiv(?![a-zA-Z])", r"\+")]  # else behind these in formulas
 
 
 def split_steps(text):
@@ -40,17 +41,18 @@ def split_steps(text):
     A response with a "#### n" line, or without any letter, has one step a line: each newline begins the next step, and the "#### n"
     line belongs to the step before it (the paper's GSM8K rule). Any other response is read as a LaTeX solution (its MATH rule): a
     step ends at a newline, and at a full stop before white space and a capital letter, but not inside a formula; the white space
-    begins the next step. The lines of a long display are steps. Fragments join a neighbour; very long sentences are cut near the
-    middle, at a comma, colon or relation sign.
+    begins the next step. The lines of a display are steps. Fragments join a neighbour; pieces longer than LONG are cut near the
+    middle, behind a comma, "and", a colon or "to", or else inside a formula behind a comma, =, \\equiv or +.
 
-    Where this differs from the released heuristic: one regular expression decides what an abbreviation is, a delimiter without its
-    partner is plain text, and the thresholds are the four constants above. Time is linear in len(text).
+    Where this differs from the released heuristic (math_extract_steps_inplace.py): a figure's code ([asy]) is never cut, a line that
+    only closes an environment is no step, a full stop ends a step also where \\end{..} follows it in its formula, text after a
+    figure begins a step, and a delimiter without its partner is plain text. Time is linear in len(text).
     """
     first, end = len(text) - len(text.lstrip()), len(text.rstrip())
     if first >= end:
         return [0, len(text)] if text else [0]
     newlines = list(NEWLINE.finditer(text, first, end))
-    if re.search(r"^####", text, re.MULTILINE) or not re.search(r"[A-Za-z]", text):
+    if re.search(r"^####[ \t]*[-+$]?[\d.]", text, re.MULTILINE) or not re.search(r"[A-Za-z]", text):
         return [0, *(m.start() for m in newlines if not text.startswith("####", m.end())), len(text)]
 
     formulas = _formulas(text)
@@ -68,7 +70,7 @@ def split_steps(text):
         ends_sentence = opener == "[asy]" or STOP_IN_FORMULA.search(text, max(start, stop - 60), stop)
         if ends_sentence and text[stop : stop + 20].lstrip()[:1].isupper():
             cuts.add(stop)
-        if stop - start > LONG_DISPLAY and opener not in ("$", r"\(", "[asy]"):
+        if opener not in ("$", r"\(", "[asy]"):
             cuts.update(_display_lines(text, start, stop))
     return _cut_long(text, _join_fragments(text, [0, *sorted(cuts), len(text)]), formula_at)
 
@@ -82,6 +84,10 @@ def _formulas(text):
             waiting.pop("$", None)
             continue
         opener = rf"\begin{{{m[2]}}}" if m[2] else PARTNER.get(mark)
+        if mark == "$" and waiting.get("$"):
+            start, stop = waiting["$"][0], m.start()
+            if text.find("\n", start, stop) >= 0 and SENTENCE_END.search(text, start, stop):
+                waiting["$"] = []  # "It costs $5 now. Then it rises.\nIt was $4": amounts of money, no formula
         if opener and waiting.get(opener):
             found.append((waiting[opener].pop(), m.end(), opener))
         elif m[1] or mark in PARTNER.values():
@@ -97,7 +103,8 @@ def _formulas(text):
 
 def _display_lines(text, start, stop):
     """Where lines of the display text[start:stop] begin; one that only opens or closes an environment belongs to its neighbour."""
-    lines = [start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
+    line_start = text.rfind("\n", max(0, start - SHORT), start) + 1 or max(0, start - SHORT)  # of the line in which the display opens
+    lines = [line_start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
     for previous, line, following in zip(lines, lines[1:], lines[2:]):
         if not OPENING_LINE.fullmatch(text, previous, line) and not CLOSING_LINE.fullmatch(text, line, following):
             yield line
@@ -108,7 +115,7 @@ def _join_fragments(text, cuts):
     kept = [0]
     for cut in cuts[1:]:
         piece = text[kept[-1] : cut].strip()
-        if len(piece) >= SHORT or (COMPLETE.search(piece) and len(piece) > 2):
+        if len(piece) >= SHORT or (COMPLETE.search(piece) and not ENUMERATOR.fullmatch(piece)):
             kept.append(cut)
     if kept[-1] != len(text):  # the last piece joins the one before
         kept[-1:] = [len(text)] if len(kept) > 1 else [0, len(text)]
@@ -116,22 +123,20 @@ def _join_fragments(text, cuts):
 
 
 def _cut_long(text, cuts, formula_at):
-    """Halve the pieces longer than LONG_SENTENCE near their middle: outside of formulas where possible, else inside."""
-    added, pending = [], [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a > LONG_SENTENCE]
-    places = ([], [])  # outside, inside of formulas
-    for m in PAUSE_OR_RELATION.finditer(text) if pending else ():
-        formula = formula_at(m.start())
-        if not formula or formula[2] != "[asy]":
-            places[bool(formula)].append(m.start())
+    """Halve the pieces longer than LONG near their middle: at a pause of the text where possible, else at a relation in a formula."""
+    pending, added = [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a > LONG], []
+    places = []  # (minimal half, positions), the kinds of place in the order in which they are tried
+    for patterns, half, inside in ((PAUSES, HALF_TEXT, False), (RELATIONS, HALF_FORMULA, True)):
+        for pattern in patterns if pending else ():
+            places.append((half, [m.end() for m in pattern.finditer(text) if bool(formula_at(m.start())) == inside]))
     while pending:
         a, b = pending.pop()
-        for candidates in places:
-            allowed = candidates[bisect_left(candidates, (a + b) // 2) - 1 :][:2]
-            allowed = [c for c in allowed if a + HALF < c < b - HALF]
-            if allowed:
-                cut = min(allowed, key=lambda c: abs(c - (a + b) / 2))
+        for half, positions in places:
+            i = bisect_left(positions, (a + b) / 2)
+            cut = min(positions[max(0, i - 1) : i + 1], key=lambda c: abs(c - (a + b) / 2), default=a)
+            if a + half <= cut <= b - half:
                 added.append(cut)
-                pending += [(x, y) for x, y in ((a, cut), (cut, b)) if y - x > LONG_SENTENCE]
+                pending += [(x, y) for x, y in ((a, cut), (cut, b)) if y - x > LONG]
                 break
     return sorted([*cuts, *added])
 

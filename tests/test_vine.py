@@ -160,6 +160,9 @@ STEPS = [  # the steps of a response, concatenated
     ["Let $x=5$ and $y=3.0$.", " Then $x+y=8$.", "\n\nHence the answer is $\\boxed{8}$."],
     ["We have \\[a. B\n= c.\\]", "Finally, we are done with it."],
     ["By A. B. Smith, i.e. Mr. Jones of St. Louis, it holds.", " Dr. Who agrees with that."],
+    ["It costs $5 today, they say.", " Then it rose a lot, by half.", "\nIt was $4 before, we think."],
+    ["We use the following list", "\n10. We do this at the beginning", "\n11. We do that at the very end"],
+    ["The chance of that is \\[", "\n\\frac{1}{3}\\cdot\\frac{1}{3} + x\n\\]"],
     ["It costs \\$5. in all, that is 3.5 dollars.", " Then we pay."],
     ["An unclosed $x + 1 and so on.", " Then more of it.", "\n\nThe next paragraph is free.", " It has sentences."],
 ]
@@ -210,11 +213,12 @@ def test_boundaries_strictly_increase_over_any_text(text):
     ["\n", " ", "$", "\\[", "\\begin{a}", "\\begin{aaa", ". A", "a = b, ", "[asy]", "\\", "\n \n", "####", "A.", "(", "\n$ x. A", "\\]A."],
 )
 def test_a_hundred_thousand_characters_take_no_time(piece):
-    text = "x" + piece * (100_000 // len(piece)) + "x"
-    start = time.perf_counter()
-    cuts = vine.split_steps(text)
-    assert cuts[-1] == len(text)
-    assert time.perf_counter() - start < 5  # quadratic time would be minutes
+    for before, after in (("x", "x"), ("$x", "$ x"), ("x\\[", "\\]")):
+        text = before + piece * (100_000 // len(piece)) + after
+        start = time.perf_counter()
+        cuts = vine.split_steps(text)
+        assert cuts[-1] == len(text)
+        assert time.perf_counter() - start < 5  # quadratic time would be minutes
 
 
 def test_importing_vine_and_ppo_imports_no_vllm():
