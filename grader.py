@@ -17,6 +17,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -55,7 +56,10 @@ def _inside_braces(text, start):
 # --- rules ----------------------------------------------------------------------------------------------------------------------
 
 SPELLINGS = [  # what is written in several ways gets one; in this order
-    (r"\\(left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|\\\$|\$|\*\*(?=\S)|(?<=\S)\*\*$", ""),
+    (r"\\(left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|\\\$|\$", ""),
+    (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),
+    (r"(?<=\w)\s*\*\*\s*(\w+)", r"^{\1}"),
+    (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " "),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -66,7 +70,7 @@ SPELLINGS = [  # what is written in several ways gets one; in this order
     (r"[−–]", "-"),
     (r"\\(le|ge|ne)(?![a-zA-Z])", r"\\\1q"),
     (r"\\(lbrace|rbrace)(?![a-zA-Z])", lambda m: "\\{" if m[1][0] == "l" else "\\}"),
-    (r"π", r"\\pi "),
+    (r"π|(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
     (r"∞", r"\\infty "),
     (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
@@ -77,7 +81,7 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 VALUE = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 INTEGER = r"[-+]?\d+"
 SLASHED = re.compile(rf"({VALUE})\s*/\s*({VALUE})")
-FRACTION = re.compile(rf"([-+]?)\s*\\frac\s*\{{\s*({VALUE})\s*\}}\s*\{{?\s*({VALUE})\s*\}}?")
+FRACTION = re.compile(rf"([-+]?)\s*\\frac\s*\{{\s*({VALUE})\s*\}}\s*\{{\s*({VALUE})\s*\}}")
 MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))")
 SCIENTIFIC = re.compile(rf"({VALUE})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([-+]?\d{{1,3}})\s*\}}|(\d))")
 UNIT = re.compile(
@@ -85,8 +89,12 @@ UNIT = re.compile(
     r"|(?<=\d)\s+(?P<words>(?!or\b|and\b|pi\b)(?:[A-Za-z]{2,}|[gmhsL]\b)(?:[\s./]+[A-Za-z]+)*)(?:\s*\^\s*\{?(?P<power2>\d)\}?)?)",
     re.DOTALL,
 )
-LABEL = re.compile(r"\s*([A-Za-z](?:\s*\([A-Za-z]\)|_\{?\w\}?)?)\s*(?:=|\\in(?![a-z]))(?!.*[=<>])")
-WORDS = re.compile(r"[A-Za-z][A-Za-z\s'-]*\.?")
+NO_UNIT = re.compile(  # words that say how many, or something else altogether
+    r"hundred|thousand|[mb]illion|dozen|squared|cubed|factorial|base|mod|plus|minus|times|over|not|is|if|or|and|a?r?c?(sin|cos|tan)h?|log|ln|sqrt"
+)
+UNIT_NAMES = {"percent": "%", "meters": "m", "meter": "m", "centimeters": "cm", "inch": "inches", "degree": "degrees", "dollar": "dollars"}
+LABEL = re.compile(r"\s*((?:m?\\angle\s*)?[A-Z]{2,3}|[A-Za-z](?:\s*\([A-Za-z]\)|_\{?\w\}?)?)\s*(?:=|\\in(?![a-z]))(?!.*[=<>])")
+WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[\s'-]+[A-Za-z]+)*")
 LITERAL = re.compile(r"[^_:]*\d\s*(?:_\s*\{?\s*\w+\s*\}?|:\s*\d+(?::\d+)?)")  # a numeral in another base, a time, a ratio
 MATRIX = re.compile(r"\\begin\{([pbBvV]?)(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{[pbBvV]?(?:matrix|array)\}", re.DOTALL)
 TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
@@ -113,7 +121,7 @@ def _normal(text):
 
 
 def _same(a, b, symbolic, depth=0):
-    if re.sub(r"\s", "", a) == re.sub(r"\s", "", b):
+    if _squeezed(a) == _squeezed(b):
         return bool(a.strip())
     if depth > 8 or not a.strip() or not b.strip():
         return False
@@ -146,11 +154,25 @@ def _same(a, b, symbolic, depth=0):
         return (not (unit_a and unit_b) or unit_a == unit_b) and again(value_a, value_b)
     if LITERAL.fullmatch(a) or LITERAL.fullmatch(b):
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
-    a, b = (re.fullmatch(r"\(?([A-Z])\)?\.?", s) or [s, s] for s in (a, b))
-    if WORDS.fullmatch(a[1]) or WORDS.fullmatch(b[1]):
-        fold = len(a[1]) > 1  # one letter is a choice or a variable
-        return (a[1].casefold() == b[1].casefold()) if fold else a[1] == b[1]
-    return symbolic(_rational(a[0]), _rational(b[0]))
+    a, b = (re.sub(r"^\(([A-Z])\)$", r"\1", x.strip()) for x in (a, b))
+    if WORDS.fullmatch(a) and WORDS.fullmatch(b):
+        return a == b or len(a) > 1 and a.casefold() == b.casefold()  # one letter is a choice
+    for sign in ("=", "\\approx", "\\pmod", "\\bmod", "\\equiv", "\\dots", "\\ldots"):  # what math-verify drops in part
+        if (sign in a) != (sign in b):
+            return False
+    letters = [set(re.sub(r"\\[a-zA-Z]+", "", x)) for x in (a, b)]
+    if letters[0] != letters[1] and {c.lower() for c in letters[0] if c.isalpha()} & {
+        c.lower() for c in letters[1] - letters[0] if c.isalpha()
+    }:
+        return False  # X is not x
+    if re.search(r"\d\s+\d", a + "|" + b):
+        return False
+    return symbolic(_rational(a), _rational(b))
+
+
+def _squeezed(text):
+    """Without white space, but for that between digits: "3 1/2" is not 31/2."""
+    return re.sub(r"(?<![\d,])\s+|\s+(?!\d)", "", text)
 
 
 def _number(text):
@@ -192,11 +214,12 @@ def _label(text):
 
 
 def _unit(text):
+    """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" where there is none."""
     m = UNIT.fullmatch(text)
-    if not m:
+    words = re.split(r"[\s.]+", (m["text"] if m["text"] is not None else m["words"]).strip(" .").casefold()) if m else []
+    if not m or len(words) > 4 or any(NO_UNIT.fullmatch(word) for word in words):
         return text, ""
-    unit = re.sub(r"[\s.]", "", m["text"] if m["text"] is not None else m["words"]).casefold()
-    return m["value"], unit + (m["power"] or m["power2"] or "")
+    return m["value"], " ".join(UNIT_NAMES.get(word, word) for word in words) + (m["power"] or m["power2"] or "")
 
 
 def _pieces(text):
@@ -243,10 +266,12 @@ def _split(text, separators):
 
 
 class Grader:
-    """Grades with `workers` processes for the symbolic part; a pair that takes one longer than timeout seconds is False.
+    """Grades with `workers` processes for the symbolic part; a pair that needs it for longer than timeout seconds is False.
 
     counts: pairs graded, answered from the cache (every distinct pair is graded once), timed_out, and texts with no_answer.
     """
+
+    MAX_CACHE = 500_000  # pairs
 
     def __init__(self, workers=1, timeout=1.0):
         self.timeout, self.cache = timeout, {}
@@ -259,26 +284,53 @@ class Grader:
     def grade(self, texts, golds):
         """Whether each text's final answer equals its gold answer (the bare answer). Lists of equal length -> list of bool."""
         pairs = [(extract_answer(text), gold) for text, gold in zip(texts, golds, strict=True)]
+        if len(self.cache) > self.MAX_CACHE:
+            self.cache.clear()
         new = {pair for pair in pairs if pair not in self.cache and pair[0] is not None}
-        self.cache |= zip(new, self._threads.map(lambda pair: equal(*pair, self._symbolic), new))
+        results = dict(zip(new, self._threads.map(self._grade_pair, new)))
+        known = self.cache | results
+        # a pair that ran out of time, perhaps on a busy machine, gets another chance; what is too long is not worth its memory
+        self.cache |= {pair: right for pair, right in results.items() if right is not None and len(pair[0]) <= MAX_LENGTH}
         missing = sum(answer is None for answer, _ in pairs)
-        for name, count in dict(graded=len(new), cached=len(pairs) - missing - len(new), no_answer=missing).items():
+        timed_out = sum(right is None for right in results.values())
+        for name, count in dict(graded=len(new), cached=len(pairs) - missing - len(new), timed_out=timed_out, no_answer=missing).items():
             self.counts[name] += count
-        return [self.cache.get(pair, False) for pair in pairs]
+        return [bool(known.get(pair)) for pair in pairs]
 
-    def _symbolic(self, answer, gold):
-        worker = self._idle.get()
+    def _grade_pair(self, pair):
+        """True, False, or None if the pair's time is up."""
+        left = self.timeout
+
+        def symbolic(answer, gold):
+            nonlocal left
+            if left <= 0:
+                raise TimeoutError
+            reply, seconds = self._ask(answer, gold, left)
+            left -= seconds
+            if reply not in ("equal", "different"):
+                raise TimeoutError
+            return reply == "equal"
+
         try:
-            worker.stdin.write(json.dumps([answer, gold, self.timeout]) + "\n")
+            return equal(*pair, symbolic)
+        except TimeoutError:
+            return None
+
+    def _ask(self, answer, gold, seconds):
+        """What a worker says of a pair ("equal", "different", or something else if it died of it), and the seconds it took."""
+        worker = self._idle.get()
+        start = time.perf_counter()
+        try:
+            worker.stdin.write(json.dumps([answer, gold, seconds]) + "\n")
             worker.stdin.flush()
             reply = worker.stdout.readline()
         except BrokenPipeError:
             reply = ""
+        took = time.perf_counter() - start
         if not reply:  # gone altogether: killed from outside, say
             worker = _start_worker()
         self._idle.put(worker)
-        self.counts["timed_out"] += reply in ("killed\n", "")
-        return reply == "equal\n"
+        return reply.strip(), took
 
     def close(self):
         """End the workers. They end by themselves, too, when this process ends in whatever way: their input closes."""
@@ -298,21 +350,30 @@ _grader = None
 
 
 def _start_worker():
-    return subprocess.Popen(
-        [sys.executable, "-I", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+    """A worker process that has loaded math-verify."""
+    worker = subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if worker.stdout.readline() != "ready\n":
+        raise RuntimeError("a grader's worker did not start (its error stands above); is math-verify[antlr4-13-2] installed?")
+    return worker
 
 
 def _work():
     """A worker: this process loads math-verify once, then forks a child that answers. When the kernel ends a child, it forks another."""
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    limits = [bound for bound in (WORKER_BYTES, *resource.getrlimit(resource.RLIMIT_AS)) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), min(limits)))
     import math_verify
+    from latex2sympy2_extended import NormalizationConfig
 
-    latex = [math_verify.LatexExtractionConfig()]
+    # without the default's removal of units: to it the h of "\\pi r^2h" is one
+    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    latex = [math_verify.LatexExtractionConfig(normalization_config=rules)]
+    print("ready", flush=True)
     while True:
         child = os.fork()
         if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # parsers complain there
             _answer(math_verify, latex)
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:  # its input has closed

@@ -32,7 +32,9 @@ ENUMERATOR = re.compile(r"\(?\w{0,3}[.)]{1,2}")  # "10." of a numbered list
 OPENING_LINE = re.compile(rf"(\s|\$\$|\\\[|\\begin{ENVIRONMENT}(\{{[^{{}}\n]{{0,20}}\}})?|\\left[\[({{.])+")
 CLOSING_LINE = re.compile(rf"(\s|\$\$|\\\]|\\end{ENVIRONMENT}|\\right[\])}}.]|[.,;])+")
 PAUSES = [re.compile(p) for p in (r"[,;](?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")]  # a long piece is cut behind these in text,
-RELATIONS = [re.compile(p) for p in (r",(?=\$|\\[)\]])", r"(?<![\\&<>=!])=", r"\\equiv(?![a-zA-Z])", r"\+")]  # else behind these in formulas
+RELATIONS = [
+    re.compile(p) for p in (r",(?=\$|\\[)\]])", r"(?<![\\&<>=!])=", r"\\equiv(?![a-zA-Z])", r"\+")
+]  # else behind these in formulas
 
 
 def split_steps(text):

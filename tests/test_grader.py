@@ -114,6 +114,24 @@ SAME = {  # kind: "answer | gold"
         \text{Monday} | Monday
         \text{ellipse}. | \text{ellipse}
     """,
+    "products of letters": r"""
+        2ab | 2ba
+        2r^2h | 2hr^2
+        \pi r^2 h | \pi hr^2
+        y-x | -x+y
+        -(x-y) | y-x
+        xy | yx
+        pi | \pi
+        2pi | 2\pi
+        2**3 | 8
+        AB = 5 | 5
+        \angle ABC = 30 | 30
+    """,
+    "names of units": r"""
+        10 percent | 10\%
+        5 m | 5 meters
+        5 \text{ square cm} | 5
+    """,
     "bases and times": r"""
         52_7 | 52_{7}
         1011_2 | 1011_{2}
@@ -127,6 +145,44 @@ DIFFERENT = {
         5 | 0.05
         0.05 | 5\%
         500\% | 5
+    """,
+    "products of letters": r"""
+        \pi r^2h | \pi r^2
+        2ab | 2
+        n^2m | n^2
+        x^2+2xm | x^2+2x
+        5x+3m | 5x+3
+        2t | 2
+        X+1 | x+1
+        2**3 | 23
+    """,
+    "equations": r"""
+        1=5 | 5
+        2x=5 | 5
+        x+y=5 | 5
+        5 | x+y=5
+        100=100=5 | 5
+        2 \approx 6 | 2
+        5 \approx 6 | 6
+    """,
+    "white space": r"""
+        3 1/2 | 31/2
+        31/2 | 3 1/2
+        2 3/4 | 23/4
+        1 2 | 12
+        1, 234 | 1,234
+    """,
+    "words that are no units": r"""
+        5 million | 5
+        5\text{ million} | 5
+        5 squared | 5
+        5 factorial | 5
+        5 minus x | 5
+        5 is not right | 5
+        5\text{ is not the answer, 6 is} | 5
+        12\text{ base 7} | 12
+        3 dozen | 3
+        2 sin x | 2
     """,
     "rounded": r"""
         0.3333 | \frac13
@@ -282,6 +338,22 @@ def test_hostile_answers_do_not_delay_the_others():
     assert time.perf_counter() - start < 4
     assert both.counts["timed_out"] == 1
     both.close()
+
+
+def test_many_hostile_parts_share_one_time_limit():
+    g = grader.Grader(workers=1, timeout=1.0)
+    start = time.perf_counter()
+    tower = "9^{9^{9^{9^{9}}}}"
+    assert g.grade([rf"\boxed{{{tower},{tower}+1,{tower}+2,{tower}+3}}"], [r"\sqrt2,\sqrt3,\sqrt5,\sqrt7"]) == [False]
+    assert time.perf_counter() - start < 2
+    g.close()
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="worker did not start"):
+        grader.Grader()
 
 
 def test_counts_and_the_cache():
