@@ -1,7 +1,7 @@
 """Problems and prompts: MATH and GSM8K from the hub, generated arithmetic, or your own file.
 
     train, test = load("gsm8k")
-    prompts, skipped = encode(train, tokenizer, max_tokens=1024)
+    prompts, skipped = encode(train, tokenizer, max_prompt=1024)
 
 The paper's prompt is the default template.
 """
@@ -55,8 +55,8 @@ def load(dataset, template=None, chat=False):
         numbered = _read(path)
         if len(numbered) < 2:
             raise ValueError(f"{path} has one row: a single file needs at least two, one to train on and one to test on")
-        rows = [[row for i, row in enumerate(numbered) if i % 10 != 9], numbered[9::10] or numbered[-1:]]
-        rows[0] = [row for row in rows[0] if row not in rows[1]]
+        held_out = range(9, len(numbered), 10) if len(numbered) >= 10 else [len(numbered) - 1]
+        rows = [[row for i, row in enumerate(numbered) if i not in held_out], [numbered[i] for i in held_out]]
     elif path.suffix in FILE_TYPES or len(path.parts) > 1:
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     else:
@@ -72,10 +72,10 @@ def load(dataset, template=None, chat=False):
     return tuple([Problem(template.replace("{problem}", p.prompt), p.answer, p.solution) for p in split] for split in (train, test))
 
 
-def encode(problems, tokenizer, max_tokens, chat=False):
+def encode(problems, tokenizer, max_prompt, chat=False):
     """Token ids of the prompts, by the tokenizer's own rule for BOS, or inside its chat template.
 
-    Returns (kept, skipped): kept is a list of (Problem, ids), skipped counts the problems whose prompt is longer than max_tokens.
+    Returns (kept, skipped): kept is a list of (Problem, ids), skipped counts the problems whose prompt is longer than max_prompt.
     """
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {tokenizer.name_or_path} has no chat template")
@@ -87,7 +87,7 @@ def encode(problems, tokenizer, max_tokens, chat=False):
     else:
         texts = [p.prompt for p in problems]
     ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a chat template writes its own BOS
-    kept = [(p, i) for p, i in zip(problems, ids) if len(i) <= max_tokens]
+    kept = [(p, i) for p, i in zip(problems, ids) if len(i) <= max_prompt]
     return kept, len(problems) - len(kept)
 
 
@@ -147,6 +147,8 @@ def _problem(where, row):
         raise ValueError(f"{where}: needs a column answer or solution, found {', '.join(map(str, row))}")
     answer = str(row["answer"]).strip() if row.get("answer") is not None else ""
     solution = row.get("solution") or ""
+    if not isinstance(solution, str):
+        raise ValueError(f"{where}: its solution is no text but {type(solution).__name__}")
     if "####" in answer or "\\boxed" in answer:  # GSM8K's answer column is a solution
         solution, answer = answer, ""
     answer = answer or _gold(solution)

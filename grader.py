@@ -217,7 +217,9 @@ def _unit(text):
     """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" where there is none."""
     m = UNIT.fullmatch(text)
     words = re.split(r"[\s.]+", (m["text"] if m["text"] is not None else m["words"]).strip(" .").casefold()) if m else []
-    if not m or len(words) > 4 or any(NO_UNIT.fullmatch(word) for word in words):
+    if not m or (m["words"] and _number(m["value"]) is None):  # "x^2 m" is a product
+        return text, ""
+    if len(words) > 4 or any(NO_UNIT.fullmatch(word) for word in words):
         return text, ""
     return m["value"], " ".join(UNIT_NAMES.get(word, word) for word in words) + (m["power"] or m["power2"] or "")
 

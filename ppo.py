@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import AutoModelForCausalLM
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 # --- the formulas ---------------------------------------------------------------------------------------------------------------
 
@@ -112,15 +113,24 @@ def init_distributed():
     return device
 
 
+def compute_dtype(device, bfloat16=None):
+    """bfloat16 on GPUs and float32 on CPU, unless bfloat16 says otherwise."""
+    return torch.bfloat16 if (device.type == "cuda" if bfloat16 is None else bfloat16) else torch.float32
+
+
 def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activations=False):
     """A causal language model from a Hugging Face folder or hub name, sharded over all ranks layer by layer with FSDP2.
 
     A trainable model has fp32 master weights. A frozen one is kept in the compute type, and on GPUs its shards live in host memory
     and visit the GPU layer by layer while it computes. bfloat16: compute in bf16; None means on GPUs only.
     """
-    bfloat16 = device.type == "cuda" if bfloat16 is None else bfloat16
-    compute = torch.bfloat16 if bfloat16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if trainable else compute, attn_implementation="sdpa")
+    compute = compute_dtype(device, bfloat16)
+    config = AutoConfig.from_pretrained(path)
+    for name in vars(config):
+        if name.endswith(("dropout", "pdrop")):  # old and new log-probabilities must be of one and the same policy
+            setattr(config, name, 0.0)
+    dtype = "auto" if trainable else compute
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(trainable).train(trainable)
     if checkpoint_activations:
         model.gradient_checkpointing_enable()
@@ -130,15 +140,18 @@ def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activat
         offload_policy=CPUOffloadPolicy() if device.type == "cuda" and not trainable else OffloadPolicy(),
     )
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-    for module in [*layers, model]:  # a layer becomes fp32 just before it is sharded: a 7B model never stands whole in fp32 on a rank
+    for module in [
+        *layers,
+        model,
+    ]:  # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
         fully_shard(module.float() if trainable else module, **options)
     return model
 
 
 def full_tensors(model):
-    """(name, whole tensor) of each parameter, one at a time and on every rank: all ranks must iterate together. For the engine."""
-    for name, parameter in model.state_dict().items():
-        yield name, parameter.full_tensor()
+    """(name, whole tensor) of each parameter and buffer, one at a time and on every rank: all ranks must iterate together. For the engine."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
@@ -177,12 +190,12 @@ class Trainer:
 
     def __init__(
         self, model, device, *, total_steps, learning_rate=1e-6, minibatch=64, micro_batch=4, epochs=2, clip=0.2, kl_coef=1e-4,
-        temperature=1.0, max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, pad_token_id=0, seed=0,
+        temperature=1.0, max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, seed=0,
     ):  # fmt: skip
         self.device, self.total_steps, self.peak = device, total_steps, learning_rate
         self.minibatch, self.micro_batch, self.epochs = minibatch // dist.get_world_size(), micro_batch, epochs
         self.clip, self.kl_coef, self.temperature, self.max_grad_norm = clip, kl_coef, temperature, max_grad_norm
-        self.pad_token_id, self.seed, self.step = pad_token_id, seed, 0
+        self.seed, self.step, self.compute_dtype = seed, 0, compute_dtype(device, bfloat16)
         self.model = load_sharded(model, device, True, bfloat16, checkpoint_activations)
         self.reference = load_sharded(model, device, False, bfloat16)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
@@ -240,7 +253,7 @@ class Trainer:
     def _collate(self, episodes):
         """Pad to the longest on the right. input_ids [N, T]; advantages, action_mask, engine_logprobs [N, T-1], aligned to the next token."""
         length = max(len(e["prompt_ids"]) + len(e["response_ids"]) for e in episodes)
-        batch = {"input_ids": torch.full((len(episodes), length), self.pad_token_id)}  # [N, T]
+        batch = {"input_ids": torch.zeros(len(episodes), length, dtype=torch.long)}  # [N, T]
         for name in ("advantages", "action_mask", "engine_logprobs"):
             batch[name] = torch.zeros(len(episodes), length - 1)  # [N, T-1]
         for i, e in enumerate(episodes):

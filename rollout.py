@@ -29,11 +29,11 @@ class Completion:
 class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
-    model: Hugging Face folder or hub name; max_tokens: longest prompt and response together; stop: strings that end a response;
+    model: Hugging Face folder or hub name; max_sequence: tokens of the longest prompt and response together; stop: strings that end a response;
     seed must differ between ranks. gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many run at a time.
     """
 
-    def __init__(self, model, *, max_tokens, stop=(), seed=0, bfloat16=None, gpu_memory=0.6, max_sequences=256):
+    def __init__(self, model, *, max_sequence, stop=(), seed=0, bfloat16=None, gpu_memory=0.6, max_sequences=256):
         self.on_gpu, self.stop, self.asleep = torch.cuda.is_available(), list(stop), False
         bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
         self.llm = LLM(
@@ -42,7 +42,7 @@ class Engine:
             distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
             tensor_parallel_size=1,
             seed=seed,
-            max_model_len=max_tokens,
+            max_model_len=max_sequence,
             max_num_seqs=max_sequences,
             enable_prefix_caching=True,
             block_size=16 if self.on_gpu else 32,  # tokens; only whole blocks of a prefix are cached
@@ -83,6 +83,10 @@ class Engine:
         """The response that token ids spell: decode, cut off before the first stop string."""
         text = self.decode(token_ids)
         return text[: min((text.find(s) for s in self.stop if s in text), default=len(text))]
+
+    def stops(self, token_ids):
+        """Whether a stop string stands in the text; vLLM overlooks one that begins in the prompt it was given."""
+        return any(stop in self.decode(token_ids) for stop in self.stop)
 
     def load_weights(self, named_tensors):
         """Take the policy's new weights, an iterator of (name, whole tensor), and forget the prefixes cached under the old ones."""

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, the stage before RL: teach a model a dataset's solutions, with the loss on the response alone.
 
     python sft.py --dataset arithmetic --out runs/sft                # makes the tiny model too; torchrun --nproc_per_node=2 is faster
-    torchrun --nproc_per_node=8 sft.py --dataset math --model realtreetune/rho-1b-MATH --out runs/sft-math
+    torchrun --nproc_per_node=8 sft.py --dataset math --model microsoft/rho-math-1b-v0.1 --out runs/sft-math
 
 The result is a Hugging Face folder: train.py --model takes it.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import data
@@ -84,7 +84,7 @@ def sequences(problems, tokenizer, max_tokens, chat):
     return rows, skipped + len(kept) - len(rows)
 
 
-def finetune(model, rows, device, *, epochs, batch, micro_batch, peak, seed, pad_token_id=0):
+def finetune(model, rows, device, *, epochs, batch, micro_batch, peak, seed):
     """Minimize the mean negative log-likelihood of the response tokens, per optimizer step over all ranks. rows: see sequences.
 
     All ranks are given the same rows and take turns in them. Yields (step, number of steps, loss) after each optimizer step.
@@ -104,7 +104,7 @@ def finetune(model, rows, device, *, epochs, batch, micro_batch, peak, seed, pad
         for k in range(0, len(mine), micro_batch):
             part = [rows[i] for i in mine[k : k + micro_batch]]
             length = max(len(ids) for ids, _ in part)
-            input_ids, mask = torch.full((len(part), length), pad_token_id), torch.zeros(len(part), length - 1)
+            input_ids, mask = torch.zeros(len(part), length, dtype=torch.long), torch.zeros(len(part), length - 1)
             for i, (ids, prompt) in enumerate(part):
                 input_ids[i, : len(ids)] = torch.tensor(ids)
                 mask[i, prompt - 1 : len(ids) - 1] = 1.0
@@ -125,17 +125,21 @@ def main():
     if parser.parse_args(argv).dataset == "arithmetic":
         parser.set_defaults(**ARITHMETIC)
     (settings,) = parser.parse_args_into_dataclasses(argv)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        problems, _ = data.load(settings.dataset, settings.prompt_template, settings.chat)
+        problems = [p for p in data.load(settings.dataset, settings.prompt_template, settings.chat)[0] if p.solution]
+        if not problems:
+            raise ValueError(f"--dataset {settings.dataset} has no solutions to learn from: it needs a solution column")
         if settings.dataset != "arithmetic" and settings.model is None:
             raise ValueError("--model is missing: name the Hugging Face folder or hub model to fine-tune")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if settings.batch % world:
+        if settings.batch < 1 or settings.batch % world:
             raise ValueError(f"--batch {settings.batch} does not divide over {world} ranks: take a multiple of {world}")
-        if not any(p.solution for p in problems):
-            raise ValueError(f"--dataset {settings.dataset} has no solutions to learn from: it needs a solution column")
+        if settings.micro_batch < 1 or settings.epochs <= 0:
+            raise ValueError("--micro_batch must be at least 1 and --epochs above 0")
+        if settings.model is not None:
+            AutoConfig.from_pretrained(settings.model)
     except (ValueError, OSError) as error:
-        sys.exit(f"sft.py: {error}")
+        sys.exit("sft.py: " + str(error).split("\n")[0] if os.environ.get("RANK", "0") == "0" else 1)
     device = ppo.init_distributed()
     with tempfile.TemporaryDirectory() as scratch:
         if settings.model is None:
@@ -145,9 +149,11 @@ def main():
             dist.broadcast_object_list(folder)  # rank 0's, once the model is in it
             settings.model = folder[0]
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        rows, skipped = sequences(problems, tokenizer, settings.max_tokens, settings.chat)
+        if len(rows) < world:
+            sys.exit(f"sft.py: {len(rows)} of {len(rows) + skipped} sequences are within --max_tokens {settings.max_tokens}")
         model = ppo.load_sharded(settings.model, device, checkpoint_activations=settings.activation_checkpointing)
         dist.barrier()  # the folder goes when all ranks have loaded it
-    rows, skipped = sequences([p for p in problems if p.solution], tokenizer, settings.max_tokens, settings.chat)
     main_rank = dist.get_rank() == 0
     if main_rank and skipped:
         print(f"skipped {skipped} of {skipped + len(rows)} sequences: longer than --max_tokens {settings.max_tokens}")
@@ -161,7 +167,7 @@ def main():
         progress.update()
     progress.close()
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    ppo.save_pretrained(model, tokenizer, settings.out)
+    ppo.save_pretrained(model, tokenizer, settings.out, ppo.compute_dtype(device))
     if main_rank:
         print(f"wrote {settings.out}")
     dist.destroy_process_group()

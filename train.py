@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
@@ -142,15 +141,20 @@ def check(s, world):
         if not condition:
             raise ValueError(message)
 
-    for name in ("prompts_per_iteration", "responses_per_prompt", "K", "max_tokens", "minibatch", "micro_batch", "epochs", "eval_samples"):
-        need(getattr(s, name) >= 1, f"--{name} {getattr(s, name)} must be at least 1")
+    for name in (
+        "prompts_per_iteration", "responses_per_prompt", "K", "max_valued_steps", "max_tokens", "minibatch", "micro_batch", "epochs",
+        "eval_problems", "eval_samples", "max_sequences", "grader_workers",
+    ):  # fmt: skip
+        need(getattr(s, name) is None or getattr(s, name) >= 1, f"--{name} {getattr(s, name)} must be at least 1")
+    for name in ("eval_every", "save_every", "clip", "kl_coef", "eval_temperature"):
+        need(getattr(s, name) >= 0, f"--{name} {getattr(s, name)} must not be negative")
     for name in ("temperature", "learning_rate"):
         need(getattr(s, name) > 0, f"--{name} {getattr(s, name)} must be above 0")
-    for name in ("top_p", "eval_top_p"):
+    for name in ("top_p", "eval_top_p", "gpu_memory"):
         need(0 < getattr(s, name) <= 1, f"--{name} {getattr(s, name)} must be above 0 and at most 1")
     need(s.eval_only or s.iterations >= 1, f"--iterations {s.iterations} trains nothing: take at least 1, or --eval_only to evaluate alone")
     need(not (s.eval_only and s.resume), "--eval_only and --resume exclude each other: name the checkpoint's folder with --model")
-    need(s.eval_problems is None or s.eval_problems >= 1, f"--eval_problems {s.eval_problems} must be at least 1")
+    need(s.eval_temperature > 0 or s.eval_samples == 1, "--eval_temperature 0 gives one and the same response: add --eval_samples 1")
     need(s.max_tokens < s.max_sequence, f"--max_tokens {s.max_tokens} leaves no room for a prompt in --max_sequence {s.max_sequence}")
     need(
         s.prompts_per_iteration % world == 0,
@@ -170,17 +174,38 @@ def check(s, world):
 
 
 def load_tokenizer(s):
-    """The tokenizer of --model; raises ValueError where there is no such model."""
+    """The tokenizer of --model; raises ValueError where there is no such model, or one that is too short."""
     if not s.model:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
     try:
-        AutoConfig.from_pretrained(s.model)
+        limit = getattr(AutoConfig.from_pretrained(s.model), "max_position_embeddings", None)
+        tokenizer = AutoTokenizer.from_pretrained(s.model)
     except (OSError, ValueError) as error:
         hint = "run `python sft.py` first, or " if s.model == DEFAULTS["arithmetic"]["model"] else ""
-        raise ValueError(
-            f"--model {s.model} cannot be loaded: {hint}name a Hugging Face folder or hub model ({str(error).split(chr(10))[0]})"
-        ) from None
-    return AutoTokenizer.from_pretrained(s.model)
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--model {s.model} cannot be loaded: {hint}name a Hugging Face folder or hub model ({reason})") from None
+    if limit and s.max_sequence > limit:
+        raise ValueError(f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {s.model}")
+    return tokenizer
+
+
+def check_run_folder(s, run):
+    """Raise ValueError if the run folder does not fit: it holds another run, or what --resume would go on with is not there or differs."""
+    if not s.resume:
+        if (run / "metrics.jsonl").exists():
+            raise ValueError(f"--run_dir {run} holds a run already: add --resume to go on with it, or name another folder")
+        return
+    if newest_checkpoint(run)[1] is None:
+        raise ValueError(f"--resume: {run} holds no checkpoint (--save_every writes them)")
+    before = json.loads((run / "settings.json").read_text())
+    free = ("run_dir", "resume", "report_to", "micro_batch", "activation_checkpointing", "gpu_memory", "max_sequences", "grader_workers")
+    changed = [
+        f"--{name} was {before.get(name)}, now {value}"
+        for name, value in dataclasses.asdict(s).items()
+        if value != before.get(name) and name not in free and not name.startswith(("eval_", "save_"))
+    ]
+    if changed:
+        raise ValueError(f"--resume would go on with other settings than {run} began with: {'; '.join(changed)}")
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------------------
@@ -221,7 +246,7 @@ def vineppo(engine, grader, episodes, s):
     left = [s.max_tokens - len(prefix) for _, prefix in states]  # what the state leaves of the response's token limit
     groups = engine.generate([prompt + prefix for prompt, prefix in states], s.K, left, s.temperature, s.top_p)
     rollouts = [
-        dict(text=engine.text(prefix + c.token_ids), finished=c.finished, answer=answers[i])
+        dict(text=engine.text(prefix + c.token_ids), finished=c.finished or engine.stops(prefix + c.token_ids), answer=answers[i])
         for i, ((_, prefix), group) in enumerate(zip(states, groups))
         for c in group
     ]
@@ -277,7 +302,7 @@ class Phases:
 # --- the run folder -------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint(trainer, tokenizer, run, iteration, dtype):
+def checkpoint(trainer, tokenizer, run, iteration):
     """runs/X/checkpoints/N: a Hugging Face folder of the policy after N iterations, with the sharded training state in state/.
 
     Written beside and renamed, so that a folder of that name is always whole. The state of older checkpoints is deleted then.
@@ -288,7 +313,7 @@ def checkpoint(trainer, tokenizer, run, iteration, dtype):
         draft.mkdir(parents=True)
     dist.barrier()
     trainer.save(draft / "state")
-    ppo.save_pretrained(trainer.model, tokenizer, draft, dtype)
+    ppo.save_pretrained(trainer.model, tokenizer, draft, trainer.compute_dtype)
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
@@ -337,8 +362,8 @@ def main():
         s = parse_settings(sys.argv[1:])
         check(s, int(os.environ.get("WORLD_SIZE", 1)))
         run = Path(s.run_dir)
-        if not s.eval_only and not s.resume and (run / "metrics.jsonl").exists():
-            raise ValueError(f"--run_dir {run} holds a run already: add --resume to go on with it, or name another folder")
+        if not s.eval_only:
+            check_run_folder(s, run)
         problems = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = load_tokenizer(s)
         (train, too_long), (test, test_too_long) = [data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat) for p in problems]
@@ -366,7 +391,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
         )
     first, state = newest_checkpoint(run) if s.resume else (0, None)
     engine = Engine(
-        s.model, max_tokens=s.max_sequence, stop=[s.stop] if s.stop else [], seed=(s.seed * 1000 + first) * world + rank,
+        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=(s.seed * 1000 + first) * world + rank,
         bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
     )  # fmt: skip
     grader = Grader(s.grader_workers)
@@ -381,7 +406,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
         s.model, device, total_steps=s.iterations * s.epochs * (episodes_per_iteration // s.minibatch), learning_rate=s.learning_rate,
         minibatch=s.minibatch, micro_batch=s.micro_batch, epochs=s.epochs, clip=s.clip, kl_coef=s.kl_coef, temperature=s.temperature,
         max_grad_norm=s.max_grad_norm, bfloat16=s.bfloat16, checkpoint_activations=s.activation_checkpointing,
-        pad_token_id=tokenizer.pad_token_id or 0, seed=s.seed,
+        seed=s.seed,
     )  # fmt: skip
     if state:
         trainer.load(state)
@@ -407,6 +432,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
             vined = vineppo(engine, grader, episodes, s)
         tokens = dict(sample=sum(len(e["response_ids"]) for e in episodes), values=vined["tokens"])
         tokens["train"] = s.epochs * (tokens["sample"] + sum(len(e["prompt_ids"]) for e in episodes))
+        cache = [after - before for after, before in zip(engine.prefix_cache_counts(), cache)]
         engine.sleep()
         with phases("train"):
             update = trainer.update(episodes)
@@ -417,29 +443,26 @@ def train_run(s, run, tokenizer, train, test, too_long):
                 accuracy, _, tokens["evaluate"] = evaluate(engine, grader, test, s)
             update["accuracy"] = accuracy
 
-        metrics = iteration_metrics(iteration + 1, episodes, vined, update, phases.seconds, tokens, grader.counts)
-        looked_up, found = (after - before for after, before in zip(engine.prefix_cache_counts(), cache))
-        metrics["prefix_cache_hit_rate"] = found / max(looked_up, 1)
+        metrics = iteration_metrics(iteration + 1, episodes, vined, update, phases.seconds, tokens, grader.counts, cache)
         if rank == 0:
-            log.write(json.dumps({k: round(v, 8) for k, v in metrics.items()}) + "\n")
+            log.write(json.dumps({name: float(f"{value:.6g}") for name, value in metrics.items()}) + "\n")
             report(iteration + 1, metrics)
         progress.set_postfix(
             reward=f"{metrics['reward']:.2f}", acc="-" if accuracy is None else f"{accuracy:.3f}", kl=f"{metrics['kl']:.3f}",
             tok_s=f"{metrics['tokens_per_second']:.0f}",
         )  # fmt: skip
         if s.save_every and (iteration + 1) % s.save_every == 0:
-            engine_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            checkpoint(trainer, tokenizer, run, iteration + 1, engine_dtype)
-    ppo.save_pretrained(trainer.model, tokenizer, run / "model", torch.bfloat16 if device.type == "cuda" else torch.float32)
+            checkpoint(trainer, tokenizer, run, iteration + 1)
+    ppo.save_pretrained(trainer.model, tokenizer, run / "model", trainer.compute_dtype)
     say(f"wrote {run / 'model'}" + ("" if accuracy is None else f"; accuracy {accuracy:.3f}"))
     shut_down(engine, grader)
 
 
-def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grader_counts):
+def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grader_counts, cache):
     """One line of metrics.jsonl, over all ranks; every rank calls it."""
     episodes = over_ranks([{k: e[k] for k in ("reward", "finished", "advantages", "values")} for e in episodes])
-    parts = over_ranks([(vined["values"], vined["rollouts"], seconds, tokens, grader_counts)])
-    values, rollouts, seconds, tokens, counts = ([part[i] for part in parts] for i in range(5))
+    parts = over_ranks([(vined["values"], vined["rollouts"], seconds, tokens, grader_counts, cache)])
+    values, rollouts, seconds, tokens, counts, caches = ([part[i] for part in parts] for i in range(6))
     values = [v for rank in values for v in rank]
     advantages = [a for e in episodes for a in e["advantages"]]
     seconds = {name: max(rank[name] for rank in seconds) for name in seconds[0]}
@@ -454,6 +477,7 @@ def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grade
             rollouts=sum(rollouts),
             value_mean=statistics.mean(values),
             value_std=statistics.pstdev(values),
+            prefix_cache_hit_rate=sum(found for _, found in caches) / sum(looked_up for looked_up, _ in caches),  # of prompt tokens
             zero_advantages=statistics.mean(a == 0 for a in advantages),  # share of the action tokens
             tokens_per_second=(tokens["sample"] + tokens["values"]) / (seconds["sample"] + seconds["values"]),
         )

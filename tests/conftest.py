@@ -41,7 +41,7 @@ def tokenizer(tiny_model):
 def engine(tiny_model, device):
     from rollout import Engine
 
-    engine = Engine(tiny_model, max_tokens=256, stop=["#"], seed=1)
+    engine = Engine(tiny_model, max_sequence=256, stop=["#"], seed=1)
     yield engine
     engine.shutdown()
 

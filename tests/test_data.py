@@ -162,6 +162,7 @@ BAD_FILES = [  # file name, content, what the message must say
     ("a.jsonl", GOOD + '{"problem": "p", "label": "1"}\n', ["a.jsonl line 2", "answer or solution", "found problem, label"]),
     ("a.jsonl", GOOD + '{"problem": "p", "answer": ""}\n', ["a.jsonl line 2", "no gold answer"]),
     ("a.jsonl", GOOD + '{"problem": "p", "solution": "no box"}\n', ["a.jsonl line 2", "no gold answer"]),
+    ("a.jsonl", GOOD * 2 + '{"problem": "p", "solution": ["a"]}\n', ["a.jsonl line 3", "solution is no text but list"]),
     ("a.jsonl", GOOD, ["a.jsonl", "one row"]),
     ("a.json", "[", ["a.json", "cannot be read"]),
     ("a.json", "{}", ["a.json", "not a list"]),

@@ -148,6 +148,7 @@ DIFFERENT = {
     """,
     "products of letters": r"""
         \pi r^2h | \pi r^2
+        \pi r^2 h | \pi r^2
         2ab | 2
         n^2m | n^2
         x^2+2xm | x^2+2x

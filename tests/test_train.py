@@ -68,6 +68,9 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     assert killed.returncode != 0 and [line["iteration"] for line in metrics_of(tmp_path / "run")] == [1, 2]
     refused = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "holds a run already: add --resume" in refused.stderr
+    other = [*map(str, arguments), "--resume", "--K", "3"]
+    refused = subprocess.run([sys.executable, "train.py", *other], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "--resume would go on with other settings" in refused.stderr and "--K was 2, now 3" in refused.stderr
     done = subprocess.run([sys.executable, "train.py", *map(str, arguments), "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "after iteration 2" in done.stdout
@@ -135,6 +138,11 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--model {model} --eval_only --resume", 1, "--eval_only and --resume exclude each other"),
     ("--model {model} --max_tokens 200", 1, "--max_tokens 200 leaves no room for a prompt in --max_sequence 160"),
     ("--model {model} --max_sequence 130", 1, "every prompt is longer than --max_sequence - --max_tokens = 2 tokens"),
+    ("--model {model} --max_sequence 300", 1, "--max_sequence 300 is more than the 256 positions of --model"),
+    ("--model {model} --max_valued_steps 0", 1, "--max_valued_steps 0 must be at least 1"),
+    ("--model {model} --eval_temperature 0", 1, "--eval_temperature 0 gives one and the same response: add --eval_samples 1"),
+    ("--model {model} --eval_every -1", 1, "--eval_every -1 must not be negative"),
+    ("--model {model} --resume", 1, "holds no checkpoint"),
     ("--model {model} --prompt_template x", 1, "has no {problem} in it"),
     ("--model {model} --chat", 1, "--chat: the tokenizer of"),
     ("--model {model} --report_to wandb", 1, "--report_to wandb: the package is not installed"),
@@ -171,8 +179,9 @@ def test_sft_refuses_what_it_cannot_learn_from(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}\n' * 2)
     for arguments, message in [
         (["--dataset", tmp_path / "a.jsonl", "--model", "m"], "no solutions to learn from"),
+        (["--dataset", "arithmetic", "--model", tmp_path / "none"], "none"),
+        (["--dataset", "arithmetic", "--batch", "0"], "--batch 0"),
         (["--dataset", "mth"], "--dataset mth is not known"),
-        (["--dataset", tmp_path / "a.jsonl"], "--model is missing"),
     ]:
         done = subprocess.run([sys.executable, "sft.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
