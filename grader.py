@@ -280,8 +280,9 @@ class Grader:
         self.counts = dict(graded=0, cached=0, timed_out=0, no_answer=0)
         self._threads = ThreadPoolExecutor(workers)
         self._idle = queue.SimpleQueue()
-        for _ in range(workers):
-            self._idle.put(_start_worker())
+        started = [_start_worker() for _ in range(workers)]
+        for worker in started:
+            self._idle.put(_ready(worker))
 
     def grade(self, texts, golds):
         """Whether each text's final answer equals its gold answer (the bare answer). Lists of equal length -> list of bool."""
@@ -330,7 +331,7 @@ class Grader:
             reply = ""
         took = time.perf_counter() - start
         if not reply:  # gone altogether: killed from outside, say
-            worker = _start_worker()
+            worker = _ready(_start_worker())
         self._idle.put(worker)
         return reply.strip(), took
 
@@ -352,10 +353,12 @@ _grader = None
 
 
 def _start_worker():
-    """A worker process that has loaded math-verify."""
-    worker = subprocess.Popen(
-        [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = [sys.executable, os.path.abspath(__file__)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _ready(worker):
+    """The worker, once it has loaded math-verify."""
     if worker.stdout.readline() != "ready\n":
         raise RuntimeError("a grader's worker did not start (its error stands above); is math-verify[antlr4-13-2] installed?")
     return worker

@@ -53,9 +53,13 @@ def shared_data():
     return SHARED_DATA
 
 
-def torchrun(ranks, *argv, timeout=600, env=None):
+def torchrun(ranks, *argv):
     """Run a script on several ranks from the project's folder; returns the finished process with its output as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, argv)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv)
+
+
+def python(*argv):
+    """Run python from the project's folder, outside of this process's group of ranks."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -1,13 +1,11 @@
 """Whole runs, started as their user would start them, and every bad input's one line."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, torchrun
+from conftest import python, torchrun
 from transformers import AutoModelForCausalLM
 
 import train
@@ -44,7 +42,7 @@ def test_two_ranks_learn_arithmetic(tmp_path):
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] > 0
     assert "accuracy before training" in done.stdout and f"wrote {run / 'model'}" in done.stdout
     AutoModelForCausalLM.from_pretrained(run / "model")
-    plot = subprocess.run([sys.executable, "experiments/plot.py", run], cwd=ROOT, capture_output=True, text=True)
+    plot = python("experiments/plot.py", run)
     assert plot.returncode == 0 and (run / "curve.png").stat().st_size > 10_000, plot.stderr
 
 
@@ -66,12 +64,11 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     arguments += ["--report_to", "tensorboard"]
     killed = torchrun(1, tmp_path / "interrupted.py", *arguments)
     assert killed.returncode != 0 and [line["iteration"] for line in metrics_of(tmp_path / "run")] == [1, 2]
-    refused = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    refused = python("train.py", *arguments)
     assert refused.returncode == 1 and "holds a run already: add --resume" in refused.stderr
-    other = [*map(str, arguments), "--resume", "--K", "3"]
-    refused = subprocess.run([sys.executable, "train.py", *other], cwd=ROOT, capture_output=True, text=True)
+    refused = python("train.py", *arguments, "--resume", "--K", 3)
     assert refused.returncode == 1 and "--resume would go on with other settings" in refused.stderr and "--K was 2, now 3" in refused.stderr
-    done = subprocess.run([sys.executable, "train.py", *map(str, arguments), "--resume"], cwd=ROOT, capture_output=True, text=True)
+    done = python("train.py", *arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert "after iteration 2" in done.stdout
     lines = metrics_of(tmp_path / "run")
@@ -109,8 +106,7 @@ def test_when_one_rank_fails_all_stop_and_say_why(tmp_path, tiny_model, how):
 
 
 def test_evaluation_alone(tmp_path, tiny_model):
-    command = [sys.executable, "train.py", *SMALL, "--model", tiny_model, "--run_dir", str(tmp_path / "run"), "--eval_only"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("train.py", *SMALL, "--model", tiny_model, "--run_dir", tmp_path / "run", "--eval_only")
     assert done.returncode == 0, done.stderr
     assert "accuracy 0.0000 (8 problems, 8 responses, temperature 1.0, top_p 1.0)" in done.stdout
     assert not (tmp_path / "run").exists()
@@ -171,7 +167,7 @@ def test_bad_input_gets_one_line_before_anything_loads(arguments, ranks, message
 
 
 def test_bad_input_from_the_shell(tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "--dataset", "mth"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = python("train.py", "--dataset", "mth")
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -183,12 +179,12 @@ def test_sft_refuses_what_it_cannot_learn_from(tmp_path):
         (["--dataset", "arithmetic", "--batch", "0"], "--batch 0"),
         (["--dataset", "mth"], "--dataset mth is not known"),
     ]:
-        done = subprocess.run([sys.executable, "sft.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+        done = python("sft.py", *arguments)
         assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_help_names_the_defaults_of_every_dataset():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = python("train.py", "--help")
     assert done.returncode == 0
     for words in (
         "realtreetune/rho-1b-sft-MATH",
