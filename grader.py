@@ -79,7 +79,6 @@ SPELLINGS = [  # what is written in several ways gets one; in this order
 ]
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 VALUE = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
-INTEGER = r"[-+]?\d+"
 SLASHED = re.compile(rf"({VALUE})\s*/\s*({VALUE})")
 FRACTION = re.compile(rf"([-+]?)\s*\\frac\s*\{{\s*({VALUE})\s*\}}\s*\{{\s*({VALUE})\s*\}}")
 MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))")
@@ -160,14 +159,14 @@ def _same(a, b, symbolic, depth=0):
     for sign in ("=", "\\approx", "\\pmod", "\\bmod", "\\equiv", "\\dots", "\\ldots"):  # what math-verify drops in part
         if (sign in a) != (sign in b):
             return False
-    letters = [set(re.sub(r"\\[a-zA-Z]+", "", x)) for x in (a, b)]
-    if letters[0] != letters[1] and {c.lower() for c in letters[0] if c.isalpha()} & {
-        c.lower() for c in letters[1] - letters[0] if c.isalpha()
-    }:
-        return False  # X is not x
-    if re.search(r"\d\s+\d", a + "|" + b):
-        return False
+    if re.search(r"\d\s+\d", a + "|" + b) or _letters(a) != _letters(b) and _letters(a.lower()) == _letters(b.lower()):
+        return False  # 3 5 is not 35, and X is not x
     return symbolic(_rational(a), _rational(b))
+
+
+def _letters(text):
+    """The variables of an expression."""
+    return set(re.findall(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", text)))
 
 
 def _squeezed(text):

@@ -31,10 +31,8 @@ COMPLETE = re.compile(rf"[.!?][)\"'”’]{{0,3}}\s*(\$\$?|\\\]|\\\)|\\end{ENVIR
 ENUMERATOR = re.compile(r"\(?\w{0,3}[.)]{1,2}")  # "10." of a numbered list
 OPENING_LINE = re.compile(rf"(\s|\$\$|\\\[|\\begin{ENVIRONMENT}(\{{[^{{}}\n]{{0,20}}\}})?|\\left[\[({{.])+")
 CLOSING_LINE = re.compile(rf"(\s|\$\$|\\\]|\\end{ENVIRONMENT}|\\right[\])}}.]|[.,;])+")
-PAUSES = [re.compile(p) for p in (r"[,;](?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")]  # a long piece is cut behind these in text,
-RELATIONS = [
-    re.compile(p) for p in (r",(?=\$|\\[)\]])", r"(?<![\\&<>=!])=", r"\\equiv(?![a-zA-Z])", r"\+")
-]  # else behind these in formulas
+PAUSES = [re.compile(p) for p in (r",(?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")]  # a long piece is cut behind these in text,
+RELATIONS = [re.compile(p) for p in (r",(?:\$\$?|\\[)\]])", r"(?<![\\&<>=!])=", r"\\equiv(?![a-zA-Z])")]  # else behind these in formulas
 
 
 def split_steps(text):
@@ -44,7 +42,7 @@ def split_steps(text):
     line belongs to the step before it (the paper's GSM8K rule). Any other response is read as a LaTeX solution (its MATH rule): a
     step ends at a newline, and at a full stop before white space and a capital letter, but not inside a formula; the white space
     begins the next step. The lines of a display are steps. Fragments join a neighbour; pieces longer than LONG are cut near the
-    middle, behind a comma, "and", a colon or "to", or else inside a formula behind a comma, =, \\equiv or +.
+    middle, behind a comma, "and", a colon or "to", or else inside a formula behind a comma, = or \\equiv.
 
     Where this differs from the released heuristic (math_extract_steps_inplace.py): a figure's code ([asy]) is never cut, a line that
     only closes an environment is no step, a full stop ends a step also where \\end{..} follows it in its formula, text after a
