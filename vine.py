@@ -38,7 +38,7 @@ RELATIONS = [re.compile(p) for p in (r",(?:\$\$?|\\[)\]])", r"(?<![\\&<>=!])=", 
 def split_steps(text):
     """Character boundaries of the reasoning steps of a response: strictly increasing from 0 to len(text) ([0] for "").
 
-    A response with a "#### n" line, or without any letter, has one step a line: each newline begins the next step, and the "#### n"
+    A response that ends in a "#### n" line, or is without any letter, has one step a line: each newline begins the next step, and the "#### n"
     line belongs to the step before it (the paper's GSM8K rule). Any other response is read as a LaTeX solution (its MATH rule): a
     step ends at a newline, and at a full stop before white space and a capital letter, but not inside a formula; the white space
     begins the next step. The lines of a display are steps. Fragments join a neighbour; pieces longer than LONG are cut near the
@@ -52,7 +52,7 @@ def split_steps(text):
     if first >= end:
         return [0, len(text)] if text else [0]
     newlines = list(NEWLINE.finditer(text, first, end))
-    if re.search(r"^####[ \t]*[-+$]?[\d.]", text, re.MULTILINE) or not re.search(r"[A-Za-z]", text):
+    if re.search(r"^####[^\n]*\Z", text[:end], re.MULTILINE) or not re.search(r"[A-Za-z]", text):
         return [0, *(m.start() for m in newlines if not text.startswith("####", m.end())), len(text)]
 
     formulas = _formulas(text)

@@ -3,12 +3,14 @@
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import python, torchrun
 from transformers import AutoModelForCausalLM
 
 import train
+from grader import Grader
 
 # small enough for seconds: every iteration is 4 problems x 2 responses, K = 2
 SMALL = ["--dataset", "arithmetic", "--prompts_per_iteration", "4", "--responses_per_prompt", "2", "--K", "2", "--minibatch", "4"]
@@ -17,6 +19,65 @@ SMALL += ["--max_tokens", "40", "--eval_problems", "8", "--eval_samples", "1"]
 
 def metrics_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- one iteration, with an engine that writes what it is told -----------------------------------------------------------------------
+
+
+class ScriptedEngine:
+    """Token ids are character codes, 0 is EOS. Continues each prompt with the text that script(prompt text, k) gives for sample k."""
+
+    stop = []
+
+    def __init__(self, script):
+        self.script, self.requests = script, []
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i)
+
+    text = decode
+
+    def stops(self, ids):
+        return False
+
+    def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        self.requests.append((prompts, n, limits))
+        return [[self.complete(self.decode(ids), limit, k) for k in range(n)] for ids, limit in zip(prompts, limits)]
+
+    def complete(self, text, limit, k):
+        ids = [*map(ord, self.script(text, k)), 0]
+        finished = len(ids) <= limit
+        return SimpleNamespace(token_ids=ids[:limit], finished=finished, logprobs=[0.0] * min(limit, len(ids)))
+
+
+def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit():
+    """A chain of three lines, right if the second is "b": V(prompt) = 1/2, V after "a" = 1/2, after "b" 1, after "x" 0."""
+
+    def script(text, k):
+        line = "b" if k % 2 else "x"
+        return {"?": f"a\n{line}\nc\n#### {line}", "a": f"\n{line}\nc\n#### {line}"}.get(text[-1], f"\nc\n#### {text[-1]}")
+
+    s = train.Settings(responses_per_prompt=2, K=4, max_tokens=14, temperature=1.0, top_p=1.0)
+    engine, grader = ScriptedEngine(script), Grader()
+    problem = SimpleNamespace(answer="b")
+    episodes = train.sample_responses(engine, grader, [(problem, [ord("?")])], s)
+    assert [e["reward"] for e in episodes] == [0.0, 1.0] and all(e["finished"] for e in episodes)
+    vined = train.vineppo(engine, grader, episodes, s)
+    prompts, n, limits = engine.requests[1]
+    assert n == 4 and sorted(map(engine.decode, prompts)) == ["?", "?a", "?a\nb", "?a\nx"]  # each distinct state once
+    assert all(limit == 14 - (len(prompt) - 1) for prompt, limit in zip(prompts, limits))
+    assert vined["rollouts"] == 16 and vined["tokens"] == sum(14 - (len(prompt) - 1) for prompt in prompts for _ in range(4)) - 4 * 4 * 1
+    wrong, right = episodes
+    assert right["values"] == [0.5, 0.5, 1.0] and wrong["values"] == [0.5, 0.5, 0.0]
+    assert right["advantages"] == [0.0] * 1 + [0.5] * 2 + [0.0] * 10  # "a", "\nb", "\nc\n#### b" and EOS
+    assert wrong["advantages"] == [0.0] * 1 + [-0.5] * 2 + [0.0] * 10
+    s.max_tokens = 12  # one too few: nothing ends, so nothing is right
+    cut = train.sample_responses(engine, grader, [(problem, [ord("?")])], s)
+    assert [e["reward"] for e in cut] == [0.0, 0.0] and not any(e["finished"] for e in cut)
+    train.vineppo(engine, grader, cut, s)
+    assert all(v == 0.0 for e in cut for v in e["values"])
+    grader.close()
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------

@@ -175,6 +175,18 @@ def test_steps_of_readable_cases(steps):
     assert [text[a:b] for a, b in zip(cuts, cuts[1:])] == steps
 
 
+MARKED = (Path(__file__).parent / "math_steps.txt").read_text().removesuffix("\n").split("\n=====\n")
+
+
+@pytest.mark.parametrize("marked", MARKED, ids=range(len(MARKED)))
+def test_steps_of_ten_math_solutions(marked):
+    """Solutions of the MATH dataset (Hendrycks et al. 2021, MIT licence); the mark ⏐ begins a step."""
+    steps = marked.split("⏐")
+    text = "".join(steps)
+    cuts = vine.split_steps(text)
+    assert [text[a:b] for a, b in zip(cuts, cuts[1:])] == steps
+
+
 PIECES = [
     "$",
     "$$",
