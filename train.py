@@ -106,9 +106,9 @@ DEFAULTS = {
     "math": PAPER,
     "gsm8k": PAPER | dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
     "arithmetic": PAPER | dict(
-        model="runs/sft", iterations=90, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
-        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=15, eval_samples=2, eval_temperature=1.0, eval_top_p=1.0,
-        save_every=45, activation_checkpointing=False,
+        model="runs/sft", iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
+        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=20, eval_samples=2, eval_temperature=1.0, eval_top_p=1.0,
+        save_every=40, activation_checkpointing=False,
     ),
 }  # fmt: skip
 
@@ -445,7 +445,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
 
         metrics = iteration_metrics(iteration + 1, episodes, vined, update, phases.seconds, tokens, grader.counts, cache)
         if rank == 0:
-            log.write(json.dumps({name: float(f"{value:.6g}") for name, value in metrics.items()}) + "\n")
+            log.write(json.dumps({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in metrics.items()}) + "\n")
             report(iteration + 1, metrics)
         progress.set_postfix(
             reward=f"{metrics['reward']:.2f}", acc="-" if accuracy is None else f"{accuracy:.3f}", kl=f"{metrics['kl']:.3f}",
