@@ -333,7 +333,8 @@ def open_run(s, run, first):
     """The metrics file of a run that starts after `first` iterations. Rank 0 only."""
     run.mkdir(parents=True, exist_ok=True)
     metrics = run / "metrics.jsonl"
-    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["iteration"] <= first] if first else []
+    lines = metrics.read_text().splitlines() if first else []
+    kept = lines[: first + ('"iteration": 0,' in lines[0])] if lines else []  # a killed run's last line may be cut short: never read it
     metrics.write_text("".join(line + "\n" for line in kept))
     (run / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
     return open(metrics, "a", buffering=1)

@@ -220,6 +220,15 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(tiny_model, device
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_step_whose_mean_ratio_is_too_large_is_skipped(tiny_model, device):
+    trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, micro_batch=8, epochs=2)
+    before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}
+    trainer.MAX_RATIO = 0.5  # every ratio of the first step is 1
+    assert trainer.update(episodes())["skipped_steps"] == 2
+    for name, tensor in ppo.full_tensors(trainer.model):
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_saved_training_state_continues_as_if_never_interrupted(tiny_model, device, tmp_path):
     options = dict(total_steps=8, learning_rate=1e-2, minibatch=4, micro_batch=4, epochs=2, seed=5)
     straight, first = (ppo.Trainer(tiny_model, device, **options) for _ in range(2))

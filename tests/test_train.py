@@ -125,6 +125,8 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     arguments += ["--report_to", "tensorboard"]
     killed = torchrun(1, tmp_path / "interrupted.py", *arguments)
     assert killed.returncode != 0 and [line["iteration"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"iteration": 3, "rewa')  # as if it had been killed while it wrote
     refused = python("train.py", *arguments)
     assert refused.returncode == 1 and "holds a run already: add --resume" in refused.stderr
     refused = python("train.py", *arguments, "--resume", "--K", 3)
