@@ -162,6 +162,7 @@ STEPS = [  # the steps of a response, concatenated
     ["By A. B. Smith, i.e. Mr. Jones of St. Louis, it holds.", " Dr. Who agrees with that."],
     ["It costs $5 today, they say.", " Then it rose a lot, by half.", "\nIt was $4 before, we think."],
     ["We use the following list", "\n10. We do this at the beginning", "\n11. We do that at the very end"],
+    ["[asy]\nunitsize(0.4 cm);", "\npair A = (0,0); B = (1,0);", '\nlabel("$A$", A, N);\n[/asy]', "\nHere $A$ is the origin."],
     ["The chance of that is \\[", "\n\\frac{1}{3}\\cdot\\frac{1}{3} + x\n\\]"],
     ["It costs \\$5. in all, that is 3.5 dollars.", " Then we pay."],
     ["An unclosed $x + 1 and so on.", " Then more of it.", "\n\nThe next paragraph is free.", " It has sentences."],
