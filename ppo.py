@@ -51,9 +51,9 @@ def whiten(advantages, action_mask):
     """
     mask = action_mask.to(torch.float64)
     values = advantages.to(torch.float64) * mask
-    count, total = _sum_over_ranks(torch.stack([mask.sum(), values.sum()])).tolist()
+    count, total = sum_over_ranks(torch.stack([mask.sum(), values.sum()])).tolist()
     centred = (values - total / max(count, 1)) * mask
-    variance = _sum_over_ranks((centred**2).sum()).item() / max(count - 1, 1)
+    variance = sum_over_ranks((centred**2).sum()).item() / max(count - 1, 1)
     return (centred / max(variance**0.5, 1e-8)).to(advantages.dtype)
 
 
@@ -118,23 +118,26 @@ def compute_dtype(device, bfloat16=None):
     return torch.bfloat16 if (device.type == "cuda" if bfloat16 is None else bfloat16) else torch.float32
 
 
-def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activations=False):
+def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activations=False, architecture=AutoModelForCausalLM, **options):
     """A causal language model from a Hugging Face folder or hub name, sharded over all ranks layer by layer with FSDP2.
 
     A trainable model has fp32 master weights. A frozen one is kept in the compute type, and on GPUs its shards live in host memory
-    and visit the GPU layer by layer while it computes. bfloat16: compute in bf16; None means on GPUs only.
+    and visit the GPU layer by layer while it computes. bfloat16: compute in bf16; None means on GPUs only. architecture: another head of
+    the same backbone, with its options for the configuration.
     """
     compute = compute_dtype(device, bfloat16)
     config = AutoConfig.from_pretrained(path)
-    for name in vars(config):
-        if name.endswith(("dropout", "pdrop")):  # old and new log-probabilities must be of one and the same policy
-            setattr(config, name, 0.0)
+    off = {
+        name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))
+    }  # old and new log-probabilities: one and the same policy
+    for name, value in (off | options).items():
+        setattr(config, name, value)
     dtype = "auto" if trainable else compute
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+    model = architecture.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(trainable).train(trainable)
     if checkpoint_activations:
         model.gradient_checkpointing_enable()
-    options = dict(
+    sharding = dict(
         mesh=dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),)),
         mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
         offload_policy=CPUOffloadPolicy() if device.type == "cuda" and not trainable else OffloadPolicy(),
@@ -144,7 +147,7 @@ def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activat
         *layers,
         model,
     ]:  # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
-        fully_shard(module.float() if trainable else module, **options)
+        fully_shard(module.float() if trainable else module, **sharding)
     return model
 
 
@@ -169,10 +172,65 @@ def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
     dist.barrier()
 
 
-def _sum_over_ranks(tensor):
+def sum_over_ranks(tensor):
+    """The tensor, summed over all ranks in place."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+# --- episodes as batches --------------------------------------------------------------------------------------------------------
+
+
+def collate(episodes, names, device):
+    """Pad to the longest on the right: input_ids [N, T]; action_mask and the per-token lists `names` of the episodes [N, T-1], aligned to
+    the next token, 0 where an episode has none; lengths, a list of N.
+    """
+    lengths = [len(e["prompt_ids"]) + len(e["response_ids"]) for e in episodes]
+    batch = {"input_ids": torch.zeros(len(episodes), max(lengths), dtype=torch.long)}  # [N, T]
+    for name in ("action_mask", *names):
+        batch[name] = torch.zeros(len(episodes), max(lengths) - 1)  # [N, T-1]
+    for i, e in enumerate(episodes):
+        start, stop = len(e["prompt_ids"]) - 1, lengths[i] - 1
+        batch["input_ids"][i, : stop + 1] = torch.tensor(e["prompt_ids"] + e["response_ids"])
+        batch["action_mask"][i, start:stop] = 1.0
+        for name in names:
+            batch[name][i, start:stop] = torch.tensor(e.get(name) or [0.0] * (stop - start))
+    return {name: tensor.to(device) for name, tensor in batch.items()} | {"lengths": lengths}
+
+
+def micro_batch(batch, rows):
+    """The rows of a batch, cut to their own longest: [B, T'] ids, [B, T'-1] the rest."""
+    length = max(batch["lengths"][i] for i in rows)
+    return {name: t[rows, : length if name == "input_ids" else length - 1] for name, t in batch.items() if name != "lengths"}
+
+
+def minibatches(num_episodes, size, epochs, seed):
+    """Row numbers of each minibatch of `size` episodes, in an order of its own in every epoch. seed: a tuple of ints."""
+    if not num_episodes or num_episodes % size:
+        raise ValueError(f"{num_episodes} episodes on this rank do not divide into minibatches of {size}")
+    for epoch in range(epochs):
+        yield from torch.randperm(num_episodes, generator=torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)).split(size)
+
+
+def sizes(batch, rows):
+    """(action tokens, responses) of a minibatch over all ranks."""
+    counts = torch.tensor([float(batch["action_mask"][rows].sum()), float(len(rows))], device=batch["action_mask"].device)
+    return sum_over_ranks(counts).tolist()
+
+
+def save_state(folder, model, optimizer, step):
+    model, optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": model, "optimizer": optimizer, "step": step}, checkpoint_id=folder)
+
+
+def load_state(folder, model, optimizer):
+    """Read what save_state wrote into the sharded model and its optimizer, on any number of ranks; returns the step."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "step": 0}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return state["step"]
 
 
 # --- the trainer ----------------------------------------------------------------------------------------------------------------
@@ -183,19 +241,20 @@ class Trainer:
 
     model: Hugging Face folder or hub name that both the policy and the reference start from. total_steps: optimizer steps of the whole
     run, for the learning rate's decay. minibatch: episodes per optimizer step over all ranks. micro_batch: episodes per forward pass of a
-    rank; it changes memory and speed, not the result. epochs: passes over the episodes in each update.
+    rank; it changes memory and speed, not the result. epochs: passes over the episodes in each update. whiten_advantages: GRPO and RLOO
+    bring advantages that are scaled already.
     """
 
     MAX_RATIO = 10.0  # a step whose mean ratio exceeds this is skipped (paper.md)
 
     def __init__(
         self, model, device, *, total_steps, learning_rate=1e-6, minibatch=64, micro_batch=4, epochs=2, clip=0.2, kl_coef=1e-4,
-        temperature=1.0, max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, seed=0,
+        temperature=1.0, max_grad_norm=1.0, whiten_advantages=True, bfloat16=None, checkpoint_activations=False, seed=0,
     ):  # fmt: skip
         self.device, self.total_steps, self.peak = device, total_steps, learning_rate
         self.minibatch, self.micro_batch, self.epochs = minibatch // dist.get_world_size(), micro_batch, epochs
         self.clip, self.kl_coef, self.temperature, self.max_grad_norm = clip, kl_coef, temperature, max_grad_norm
-        self.seed, self.step, self.compute_dtype = seed, 0, compute_dtype(device, bfloat16)
+        self.whiten_advantages, self.seed, self.step, self.compute_dtype = whiten_advantages, seed, 0, compute_dtype(device, bfloat16)
         self.model = load_sharded(model, device, True, bfloat16, checkpoint_activations)
         self.reference = load_sharded(model, device, False, bfloat16)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
@@ -207,31 +266,25 @@ class Trainer:
         logprob_gap metric, engine_logprobs (one per response id at temperature 1). Returns metrics over all ranks: means over the
         minibatches of what ppo_loss and the optimizer report, and those of the episodes (entropy, kl, logprob_gap) before the update.
         """
-        if not episodes or len(episodes) % self.minibatch:
-            raise ValueError(f"{len(episodes)} episodes on this rank do not divide into minibatches of {self.minibatch}")
-        batch = self._collate(episodes)
-        batch["advantages"] = whiten(batch["advantages"], batch["action_mask"])
+        batch = collate(episodes, ["advantages", "engine_logprobs"], self.device)
+        if self.whiten_advantages:
+            batch["advantages"] = whiten(batch["advantages"], batch["action_mask"])
         metrics = self._score(batch)
-        totals, steps, skipped = {}, 0, 0
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(hash((self.seed, self.step, epoch)) % 2**63))
-            for rows in order.split(self.minibatch):
-                step_metrics = self._optimizer_step(batch, rows)
-                skipped += step_metrics.pop("skipped")
-                steps += 1
-                for name, value in step_metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value
-        return metrics | {name: value / steps for name, value in totals.items()} | {"skipped_steps": skipped}
+        steps = [
+            self._optimizer_step(batch, rows) for rows in minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step))
+        ]
+        skipped = sum(step.pop("skipped") for step in steps)
+        means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        return metrics | means | {"skipped_steps": skipped, "gradient_steps": self.step}
 
     def _optimizer_step(self, batch, rows):
         """One gradient step on the episodes `rows` of this rank and the other ranks' shares."""
         lr = learning_rate(self.step, self.total_steps, self.peak)
-        counts = torch.tensor([float(batch["action_mask"][rows].sum()), float(len(rows))], device=self.device)
-        num_tokens, num_responses = _sum_over_ranks(counts).tolist()
+        num_tokens, num_responses = sizes(batch, rows)
         self.optimizer.zero_grad()
         sums = None
         for micro in rows.split(self.micro_batch):
-            m = self._micro_batch(batch, micro)
+            m = micro_batch(batch, micro)
             logprobs = token_logprobs(self.model, m["input_ids"], temperature=self.temperature)  # [B, T-1]
             loss, metrics = ppo_loss(
                 logprobs, m["old_logprobs"], m["ref_logprobs"], m["advantages"], m["action_mask"],
@@ -240,7 +293,7 @@ class Trainer:
             (loss * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks; the minibatch's gradient is their sum
             values = torch.stack([loss.detach(), *metrics.values()])
             sums = values if sums is None else sums + values
-        means = dict(zip(["loss", *metrics], _sum_over_ranks(sums).tolist()))
+        means = dict(zip(["loss", *metrics], sum_over_ranks(sums).tolist()))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).full_tensor().item()
         skipped = not (means["ratio"] <= self.MAX_RATIO and grad_norm < float("inf"))  # also true of NaN; the same on all ranks
         if not skipped:
@@ -249,27 +302,6 @@ class Trainer:
             self.optimizer.step()
         self.step += 1
         return means | {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
-
-    def _collate(self, episodes):
-        """Pad to the longest on the right. input_ids [N, T]; advantages, action_mask, engine_logprobs [N, T-1], aligned to the next token."""
-        length = max(len(e["prompt_ids"]) + len(e["response_ids"]) for e in episodes)
-        batch = {"input_ids": torch.zeros(len(episodes), length, dtype=torch.long)}  # [N, T]
-        for name in ("advantages", "action_mask", "engine_logprobs"):
-            batch[name] = torch.zeros(len(episodes), length - 1)  # [N, T-1]
-        for i, e in enumerate(episodes):
-            start, stop = len(e["prompt_ids"]) - 1, len(e["prompt_ids"]) + len(e["response_ids"]) - 1
-            batch["input_ids"][i, : stop + 1] = torch.tensor(e["prompt_ids"] + e["response_ids"])
-            batch["advantages"][i, start:stop] = torch.tensor(e["advantages"])
-            batch["engine_logprobs"][i, start:stop] = torch.tensor(e.get("engine_logprobs") or [0.0] * (stop - start))
-            batch["action_mask"][i, start:stop] = 1.0
-        return {name: tensor.to(self.device) for name, tensor in batch.items()} | {
-            "lengths": [len(e["prompt_ids"] + e["response_ids"]) for e in episodes]
-        }
-
-    def _micro_batch(self, batch, rows):
-        """The rows of the batch, cut to their own longest: [B, T'] ids, [B, T'-1] the rest."""
-        length = max(batch["lengths"][i] for i in rows)
-        return {name: t[rows, : length if name == "input_ids" else length - 1] for name, t in batch.items() if name != "lengths"}
 
     @torch.no_grad()
     def _score(self, batch):
@@ -281,7 +313,7 @@ class Trainer:
         batch["old_logprobs"], batch["ref_logprobs"] = torch.zeros_like(batch["advantages"]), torch.zeros_like(batch["advantages"])
         sums = torch.zeros(3, device=self.device)
         for rows in torch.arange(len(batch["lengths"])).split(self.micro_batch):
-            m = self._micro_batch(batch, rows)
+            m = micro_batch(batch, rows)
             targets, mask = m["input_ids"][:, 1:], m["action_mask"]  # [B, T-1]
             logits = self.model(input_ids=m["input_ids"], use_cache=False).logits[:, :-1]  # [B, T-1, V]
             old = logprobs_from_logits(logits, targets, self.temperature)
@@ -294,17 +326,12 @@ class Trainer:
             sums += torch.stack([(x * mask).sum() for x in (entropy, torch.clamp(d.exp() - d - 1, 0, 10), gap)])
         self.reference.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
         counts = torch.stack([batch["action_mask"].sum(), torch.tensor(float(len(batch["lengths"])), device=self.device)])
-        entropy, kl, gap, tokens, responses = _sum_over_ranks(torch.cat([sums, counts])).tolist()
+        entropy, kl, gap, tokens, responses = sum_over_ranks(torch.cat([sums, counts])).tolist()
         return {"entropy": entropy / tokens, "kl": kl / responses, "logprob_gap": gap / tokens}
 
     def save(self, folder):
         """Write the sharded weights and optimizer state, all ranks together; load reads them back, on any number of ranks."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer, "step": self.step}, checkpoint_id=folder)
+        save_state(folder, self.model, self.optimizer, self.step)
 
     def load(self, folder):
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        state = {"model": model, "optimizer": optimizer, "step": 0}
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.step = state["step"]
+        self.step = load_state(folder, self.model, self.optimizer)

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=2 train.py --dataset arithmetic --model runs/sft
     torchrun --nproc_per_node=8 train.py --dataset math                    # the paper's Rho-1B run on GPUs
     torchrun --nproc_per_node=8 train.py --dataset math --model realtreetune/deepseekmath-7b-sft-MATH-v2 --max_sequence 2499
+    torchrun --nproc_per_node=8 train.py --dataset math --algorithm ppo    # what the paper compares with: ppo, grpo, rloo
     python train.py --dataset gsm8k --model MODEL --eval_only              # accuracy alone
 
 Read it after this file in the order in which data flows: rollout.py (sample) -> vine.py (steps, values, advantages) -> grader.py
@@ -37,6 +38,8 @@ from transformers.utils import logging
 import data
 import ppo
 import vine
+from baselines import credit, groups
+from baselines.critic import Critic
 from grader import Grader
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
@@ -54,7 +57,7 @@ class Settings:
     model: str | None = setting(
         None, "Hugging Face folder or hub name to start from; default: the paper's SFT model for math and gsm8k, runs/sft for arithmetic"
     )
-    algorithm: str = setting("vineppo", "where the advantages come from", ["vineppo"])
+    algorithm: str = setting("vineppo", "where the advantages come from; all else is the same", ["vineppo", "ppo", "grpo", "rloo"])
     run_dir: str | None = setting(None, "folder of settings.json, metrics.jsonl, checkpoints and the final model; default runs/DATASET")
     resume: bool = setting(False, "go on from the newest checkpoint in --run_dir")
     iterations: int | None = setting(None, "rounds of sampling and update")
@@ -62,11 +65,16 @@ class Settings:
     # problems and prompts
     prompt_template: str | None = setting(None, "prompt text with {problem} in it; default: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
+    # advantages
+    K: int | None = setting(None, "vineppo: rollouts that estimate the value of each state")
+    max_valued_steps: int | None = setting(None, "vineppo: states from this step on get no rollouts (25 on GSM8K; default: no cap)")
+    step_credit: str | None = setting(None, "vineppo: what a step is; paper, newline, sentence, or tokens:100 for chunks of 100")
+    gae_lambda: float | None = setting(None, "ppo: lambda of GAE")
+    gamma: float | None = setting(None, "ppo: discount per token")
+    critic_learning_rate: float | None = setting(None, "ppo: peak of the value network's; default: --learning_rate")
     # sampling
     prompts_per_iteration: int | None = setting(None, "problems drawn in each iteration, with replacement")
     responses_per_prompt: int | None = setting(None, "responses sampled for each of them")
-    K: int | None = setting(None, "rollouts that estimate the value of each state")
-    max_valued_steps: int | None = setting(None, "states from this step on get no rollouts (25 on GSM8K; default: no cap)")
     temperature: float | None = setting(None, "sampling temperature of responses and rollouts; the trainer divides its logits by it too")
     top_p: float | None = setting(None, "nucleus of responses and rollouts")
     max_tokens: int | None = setting(None, "token limit of a response; a rollout may use what its state has left of it")
@@ -98,10 +106,13 @@ class Settings:
 
 
 PAPER = dict(  # Rho-1B on MATH; arXiv 2410.01679 and the released configs (rho1b, deepseekmath7b)
-    model="realtreetune/rho-1b-sft-MATH", iterations=1000, prompts_per_iteration=64, responses_per_prompt=8, K=9, temperature=0.6, top_p=0.9, max_tokens=1024,
+    model="realtreetune/rho-1b-sft-MATH", iterations=1000, prompts_per_iteration=64, responses_per_prompt=8, K=9, step_credit="paper", gae_lambda=1.0, gamma=1.0, temperature=0.6, top_p=0.9, max_tokens=1024,
     max_sequence=2048, stop="\n\n\nProblem:", learning_rate=1e-6, minibatch=64, micro_batch=4, eval_every=25, eval_samples=16,
     eval_temperature=0.35, eval_top_p=0.9, save_every=50, activation_checkpointing=True,
 )  # fmt: skip
+OWN_SETTINGS = dict(
+    vineppo=("K", "max_valued_steps", "step_credit"), ppo=("gae_lambda", "gamma", "critic_learning_rate")
+)  # of one algorithm
 DEFAULTS = {
     "math": PAPER,
     "gsm8k": PAPER | dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
@@ -127,6 +138,10 @@ def parse_settings(argv):
     (settings,) = parser.parse_args_into_dataclasses(argv)
     if settings.eval_only and any(x is not None for x in (settings.iterations, settings.eval_every, settings.save_every)):
         raise ValueError("--eval_only trains nothing: leave out --iterations, --eval_every and --save_every")
+    for algorithm, names in OWN_SETTINGS.items():
+        for name in names if algorithm != settings.algorithm else ():
+            if getattr(settings, name) is not None:
+                raise ValueError(f"--{name} does nothing with --algorithm {settings.algorithm}: it belongs to {algorithm}")
     for name, value in DEFAULTS.get(settings.dataset, PAPER).items():
         if getattr(settings, name) is None and not (name == "model" and settings.dataset not in DEFAULTS):
             setattr(settings, name, value)
@@ -148,8 +163,15 @@ def check(s, world):
         need(getattr(s, name) is None or getattr(s, name) >= 1, f"--{name} {getattr(s, name)} must be at least 1")
     for name in ("eval_every", "save_every", "clip", "kl_coef", "eval_temperature"):
         need(getattr(s, name) >= 0, f"--{name} {getattr(s, name)} must not be negative")
-    for name in ("temperature", "learning_rate"):
-        need(getattr(s, name) > 0, f"--{name} {getattr(s, name)} must be above 0")
+    for name in ("temperature", "learning_rate", "critic_learning_rate"):
+        need(getattr(s, name) is None or getattr(s, name) > 0, f"--{name} {getattr(s, name)} must be above 0")
+    for name in ("gae_lambda", "gamma"):
+        need(0 <= getattr(s, name) <= 1, f"--{name} {getattr(s, name)} must be between 0 and 1")
+    credit.check(s.step_credit)
+    need(
+        s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"),
+        f"--algorithm {s.algorithm} compares the responses to a problem: --responses_per_prompt {s.responses_per_prompt} must be at least 2",
+    )
     for name in ("top_p", "eval_top_p", "gpu_memory"):
         need(0 < getattr(s, name) <= 1, f"--{name} {getattr(s, name)} must be above 0 and at most 1")
     need(s.eval_only or s.iterations >= 1, f"--iterations {s.iterations} trains nothing: take at least 1, or --eval_only to evaluate alone")
@@ -233,21 +255,21 @@ def rewards(grader, responses):
 
 
 def vineppo(engine, grader, episodes, s):
-    """Set the advantages of the episodes by VinePPO. Returns what the metrics need.
+    """Set the advantages of the episodes by VinePPO. Returns what the metrics need: the states' values, and what they cost.
 
     A state is sent to the engine as the very token ids that were sampled up to it; the rollouts serve its value alone.
     """
     for e in episodes:
-        e["boundaries"] = vine.token_boundaries(vine.split_steps(e["text"]), vine.token_starts(e["response_ids"], engine.decode))
+        e["boundaries"] = credit.token_boundaries(s.step_credit, e["text"], e["response_ids"], engine.decode)
     states, indices = vine.distinct_states(
         *zip(*[(e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]), s.max_valued_steps
     )
     answers = {i: e["answer"] for e, row in zip(episodes, indices) for i in row}
     left = [s.max_tokens - len(prefix) for _, prefix in states]  # what the state leaves of the response's token limit
-    groups = engine.generate([prompt + prefix for prompt, prefix in states], s.K, left, s.temperature, s.top_p)
+    continued = engine.generate([prompt + prefix for prompt, prefix in states], s.K, left, s.temperature, s.top_p)
     rollouts = [
         dict(text=engine.text(prefix + c.token_ids), finished=c.finished or engine.stops(prefix + c.token_ids), answer=answers[i])
-        for i, ((_, prefix), group) in enumerate(zip(states, groups))
+        for i, ((_, prefix), group) in enumerate(zip(states, continued))
         for c in group
     ]
     graded = rewards(grader, rollouts)
@@ -255,7 +277,8 @@ def vineppo(engine, grader, episodes, s):
     for e, row in zip(episodes, indices):
         e["values"] = [None if i is None else values[i] for i in row]
         e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
-    return dict(values=values, rollouts=len(rollouts), tokens=sum(len(c.token_ids) for group in groups for c in group))
+    steps = sum(len(e["values"]) for e in episodes)
+    return dict(values=values, steps=steps, rollouts=len(rollouts), tokens=sum(len(c.token_ids) for group in continued for c in group))
 
 
 def evaluate(engine, grader, problems, s):
@@ -302,7 +325,7 @@ class Phases:
 # --- the run folder -------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint(trainer, tokenizer, run, iteration):
+def checkpoint(trainer, critic, tokenizer, run, iteration):
     """runs/X/checkpoints/N: a Hugging Face folder of the policy after N iterations, with the sharded training state in state/.
 
     Written beside and renamed, so that a folder of that name is always whole. The state of older checkpoints is deleted then.
@@ -312,7 +335,9 @@ def checkpoint(trainer, tokenizer, run, iteration):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     dist.barrier()
-    trainer.save(draft / "state")
+    trainer.save(draft / "state" / "policy")
+    if critic:
+        critic.save(draft / "state" / "critic")
     ppo.save_pretrained(trainer.model, tokenizer, draft, trainer.compute_dtype)
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -372,9 +397,14 @@ def main():
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    guarded(lambda: train_run(s, run, tokenizer, train, test[: s.eval_problems], too_long + test_too_long))
+
+
+def guarded(work):
+    """work(); if it fails on this rank, say why and leave at once: exit hooks of the engine and of NCCL may wait for the other ranks."""
     try:
-        train_run(s, run, tokenizer, train, test[: s.eval_problems], too_long + test_too_long)
-    except BaseException:  # leave at once: exit hooks of the engine and of NCCL may wait for the other ranks
+        work()
+    except BaseException:
         traceback.print_exc()
         print(f"rank {os.environ['RANK']} failed: {sys.exc_info()[1]!r}; all ranks stop", file=sys.stderr, flush=True)
         os._exit(1)
@@ -403,14 +433,29 @@ def train_run(s, run, tokenizer, train, test, too_long):
 
     engine.sleep()
     episodes_per_iteration = s.prompts_per_iteration * s.responses_per_prompt
-    trainer = ppo.Trainer(
-        s.model, device, total_steps=s.iterations * s.epochs * (episodes_per_iteration // s.minibatch), learning_rate=s.learning_rate,
-        minibatch=s.minibatch, micro_batch=s.micro_batch, epochs=s.epochs, clip=s.clip, kl_coef=s.kl_coef, temperature=s.temperature,
-        max_grad_norm=s.max_grad_norm, bfloat16=s.bfloat16, checkpoint_activations=s.activation_checkpointing,
-        seed=s.seed,
+    learner = dict(
+        total_steps=s.iterations * s.epochs * (episodes_per_iteration // s.minibatch), minibatch=s.minibatch, micro_batch=s.micro_batch,
+        epochs=s.epochs, max_grad_norm=s.max_grad_norm, bfloat16=s.bfloat16, checkpoint_activations=s.activation_checkpointing, seed=s.seed,
     )  # fmt: skip
+    trainer = ppo.Trainer(
+        s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef, temperature=s.temperature,
+        whiten_advantages=s.algorithm in ("vineppo", "ppo"), **learner,
+    )  # fmt: skip
+    critic = None
+    if s.algorithm == "ppo":
+        critic = Critic(
+            s.model, device, learning_rate=s.critic_learning_rate or s.learning_rate, gamma=s.gamma, gae_lambda=s.gae_lambda, **learner
+        )
+    set_advantages = {
+        "vineppo": lambda episodes: vineppo(engine, grader, episodes, s),
+        "ppo": lambda episodes: critic.set_advantages(episodes),
+        "grpo": lambda episodes: groups.set_advantages(episodes, groups.grpo, s.responses_per_prompt),
+        "rloo": lambda episodes: groups.set_advantages(episodes, groups.rloo, s.responses_per_prompt),
+    }[s.algorithm]
     if state:
-        trainer.load(state)
+        trainer.load(state / "policy")
+        if critic:
+            critic.load(state / "critic")
         say(f"resumed {run} after iteration {first}")
     engine.load_weights(ppo.full_tensors(trainer.model))
     log = open_run(s, run, first) if rank == 0 else None
@@ -430,13 +475,13 @@ def train_run(s, run, tokenizer, train, test, too_long):
         with phases("sample"):
             episodes = sample_responses(engine, grader, drawn[rank::world], s)
         with phases("values"):
-            vined = vineppo(engine, grader, episodes, s)
-        tokens = dict(sample=sum(len(e["response_ids"]) for e in episodes), values=vined["tokens"])
+            vined = set_advantages(episodes)
+        tokens = dict(sample=sum(len(e["response_ids"]) for e in episodes), values=vined["tokens"] if vined else 0)
         tokens["train"] = s.epochs * (tokens["sample"] + sum(len(e["prompt_ids"]) for e in episodes))
         cache = [after - before for after, before in zip(engine.prefix_cache_counts(), cache)]
         engine.sleep()
         with phases("train"):
-            update = trainer.update(episodes)
+            update = trainer.update(episodes) | (critic.update(episodes) if critic else {})
         with phases("sync"):
             engine.load_weights(ppo.full_tensors(trainer.model))
         if s.eval_every and ((iteration + 1) % s.eval_every == 0 or iteration + 1 == s.iterations):
@@ -453,7 +498,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
             tok_s=f"{metrics['tokens_per_second']:.0f}",
         )  # fmt: skip
         if s.save_every and (iteration + 1) % s.save_every == 0:
-            checkpoint(trainer, tokenizer, run, iteration + 1)
+            checkpoint(trainer, critic, tokenizer, run, iteration + 1)
     ppo.save_pretrained(trainer.model, tokenizer, run / "model", trainer.compute_dtype)
     say(f"wrote {run / 'model'}" + ("" if accuracy is None else f"; accuracy {accuracy:.3f}"))
     shut_down(engine, grader)
@@ -461,27 +506,31 @@ def train_run(s, run, tokenizer, train, test, too_long):
 
 def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grader_counts, cache):
     """One line of metrics.jsonl, over all ranks; every rank calls it."""
-    episodes = over_ranks([{k: e[k] for k in ("reward", "finished", "advantages", "values")} for e in episodes])
-    parts = over_ranks([(vined["values"], vined["rollouts"], seconds, tokens, grader_counts, cache)])
-    values, rollouts, seconds, tokens, counts, caches = ([part[i] for part in parts] for i in range(6))
-    values = [v for rank in values for v in rank]
+    episodes = over_ranks([{k: e[k] for k in ("reward", "finished", "advantages")} for e in episodes])
+    parts = over_ranks([(vined, seconds, tokens, grader_counts, cache)])
+    vineds, seconds, tokens, counts, caches = ([part[i] for part in parts] for i in range(5))
     advantages = [a for e in episodes for a in e["advantages"]]
     seconds = {name: max(rank[name] for rank in seconds) for name in seconds[0]}
     tokens = {name: sum(rank[name] for rank in tokens) for name in tokens[0]}
-    return (
-        dict(
-            iteration=iteration,
-            reward=statistics.mean(e["reward"] for e in episodes),
-            unfinished=statistics.mean(not e["finished"] for e in episodes),
-            steps_per_response=statistics.mean(len(e["values"]) for e in episodes),
+    metrics = dict(
+        iteration=iteration,
+        reward=statistics.mean(e["reward"] for e in episodes),
+        unfinished=statistics.mean(not e["finished"] for e in episodes),
+        zero_advantages=statistics.mean(a == 0 for a in advantages),  # share of the action tokens
+        prefix_cache_hit_rate=sum(found for _, found in caches) / sum(looked_up for looked_up, _ in caches),  # of prompt tokens
+        tokens_per_second=(tokens["sample"] + tokens["values"]) / (seconds["sample"] + seconds["values"]),
+    )
+    if vined:
+        values = [v for rank in vineds for v in rank["values"]]
+        metrics |= dict(
+            steps_per_response=sum(rank["steps"] for rank in vineds) / len(episodes),
             states=len(values),
-            rollouts=sum(rollouts),
+            rollouts=sum(rank["rollouts"] for rank in vineds),
             value_mean=statistics.mean(values),
             value_std=statistics.pstdev(values),
-            prefix_cache_hit_rate=sum(found for _, found in caches) / sum(looked_up for looked_up, _ in caches),  # of prompt tokens
-            zero_advantages=statistics.mean(a == 0 for a in advantages),  # share of the action tokens
-            tokens_per_second=(tokens["sample"] + tokens["values"]) / (seconds["sample"] + seconds["values"]),
         )
+    return (
+        metrics
         | update
         | {f"seconds_{name}": value for name, value in seconds.items()}  # of the slowest rank
         | {f"tokens_{name}": value for name, value in tokens.items()}

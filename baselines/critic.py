@@ -1,0 +1,112 @@
+"""PPO's value network: a second copy of the policy's backbone with a value head, trained beside it, and GAE on its predictions.
+
+    V(s_t) predicted for every token position;  delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  V = 0 after the last token
+    A_t = delta_t + gamma lambda A_{t+1};  the network's target is A_t + V(s_t)           (arXiv 1506.02438; paper.md: gamma = lambda = 1)
+
+The reward comes with the last token; a response without an end has reward 0 and no value behind it. The head starts at zero.
+"""
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForTokenClassification
+
+import ppo
+
+
+def gae(values, reward, gamma=1.0, lam=1.0):
+    """Generalized advantage estimates [T] from values[t] = V(s_t), t = 0..T-1, of the tokens of one response and its reward."""
+    advantages, following, after = [0.0] * len(values), 0.0, 0.0  # A_{t+1}, V(s_{t+1})
+    for t in reversed(range(len(values))):
+        delta = (reward if t == len(values) - 1 else 0.0) + gamma * after - values[t]
+        advantages[t] = following = delta + gamma * lam * following
+        after = values[t]
+    return advantages
+
+
+def value_loss(values, old_values, returns, action_mask, clip=0.2, num_tokens=None):
+    """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2). All tensors [B, T]; returns the scalar.
+
+    num_tokens is that of the whole minibatch over all ranks, so the losses of its micro-batches add up; None: these are the minibatch.
+    """
+    clipped = values.clamp(old_values - clip, old_values + clip)
+    errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * (errors * action_mask).sum() / (action_mask.sum() if num_tokens is None else num_tokens)
+
+
+class Critic:
+    """The value network and its optimizer, sharded over the ranks like the policy. The settings are those of ppo.Trainer."""
+
+    def __init__(
+        self, model, device, *, total_steps, learning_rate, minibatch, micro_batch, epochs=2, gamma=1.0, gae_lambda=1.0, clip=0.2,
+        max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, seed=0,
+    ):  # fmt: skip
+        self.device, self.total_steps, self.peak = device, total_steps, learning_rate
+        self.minibatch, self.micro_batch, self.epochs = minibatch // dist.get_world_size(), micro_batch, epochs
+        self.gamma, self.gae_lambda, self.clip, self.max_grad_norm, self.seed, self.step = gamma, gae_lambda, clip, max_grad_norm, seed, 0
+        self.model = ppo.load_sharded(
+            model, device, True, bfloat16, checkpoint_activations, AutoModelForTokenClassification, num_labels=1, classifier_dropout=0.0
+        )
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(("score.", "classifier.")):
+                torch.nn.init.zeros_(parameter)  # from_pretrained draws the missing head at random, on each rank anew
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+
+    def _values(self, input_ids):
+        """V of the state before each next token: [B, T] ids -> [B, T-1], float32."""
+        return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1, 0].float()
+
+    @torch.no_grad()
+    def set_advantages(self, episodes):
+        """Set the token advantages of this rank's episodes (dicts with prompt_ids, response_ids, reward), their values and returns."""
+        batch = ppo.collate(episodes, [], self.device)
+        for rows in torch.arange(len(episodes)).split(self.micro_batch):
+            values = self._values(ppo.micro_batch(batch, rows)["input_ids"]).cpu()
+            for i, row in zip(rows.tolist(), values):
+                e = episodes[i]
+                start = len(e["prompt_ids"]) - 1
+                e["values"] = row[start : start + len(e["response_ids"])].tolist()
+                e["advantages"] = gae(e["values"], e["reward"], self.gamma, self.gae_lambda)
+                e["returns"] = [a + v for a, v in zip(e["advantages"], e["values"])]
+
+    def update(self, episodes):
+        """Fit the network to the returns of the episodes whose advantages it has set: every rank brings as many. Returns metrics over all ranks.
+
+        explained_variance: 1 - Var(G - V) / Var(G) over the action tokens, of the predictions that the advantages came from.
+        """
+        batch = ppo.collate(episodes, ["values", "returns"], self.device)
+        losses, norms = [], []
+        for rows in ppo.minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):
+            num_tokens, _ = ppo.sizes(batch, rows)
+            self.optimizer.zero_grad()
+            total = torch.zeros((), device=self.device)
+            for micro in rows.split(self.micro_batch):
+                m = ppo.micro_batch(batch, micro)
+                loss = value_loss(self._values(m["input_ids"]), m["values"], m["returns"], m["action_mask"], self.clip, num_tokens)
+                (loss * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks; the minibatch's gradient is their sum
+                total += loss.detach()
+            losses.append(ppo.sum_over_ranks(total).item())
+            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).full_tensor().item())
+            if norms[-1] < float("inf"):  # false of NaN, too
+                for group in self.optimizer.param_groups:
+                    group["lr"] = ppo.learning_rate(self.step, self.total_steps, self.peak)
+                self.optimizer.step()
+            self.step += 1
+        mean = {"value_loss": losses, "critic_grad_norm": norms}
+        return {name: sum(x) / len(x) for name, x in mean.items()} | {"explained_variance": explained_variance(batch)}
+
+    def save(self, folder):
+        """Write the sharded weights and optimizer state, all ranks together; load reads them back, on any number of ranks."""
+        ppo.save_state(folder, self.model, self.optimizer, self.step)
+
+    def load(self, folder):
+        self.step = ppo.load_state(folder, self.model, self.optimizer)
+
+
+def explained_variance(batch):
+    """1 - Var(G - V) / Var(G) over the action tokens of all ranks; 0 where the returns are all equal. batch: returns, values [N, T]."""
+    mask = batch["action_mask"].double()
+    returns, errors = batch["returns"].double(), (batch["returns"] - batch["values"]).double()
+    sums = [mask.sum(), *(((x**power) * mask).sum() for x in (returns, errors) for power in (1, 2))]
+    n, g, gg, e, ee = ppo.sum_over_ranks(torch.stack(sums)).tolist()
+    variance = gg / n - (g / n) ** 2
+    return 1 - (ee / n - (e / n) ** 2) / variance if variance > 1e-12 else 0.0

@@ -1,0 +1,97 @@
+"""DPO-positive (arXiv 2402.13228), the paper's DPO+: learn from pairs of a right and a wrong response that the policy wrote to one problem.
+
+    torchrun --nproc_per_node=8 -m baselines.dpo --dataset math
+    python -m baselines.dpo --dataset arithmetic --learning_rate 1e-4 --problems_per_round 256
+
+    loss = -log sigmoid(beta (log rho(right) - log rho(wrong) - penalty max(0, -log rho(right)))),   rho(y) = pi(y) / pi_ref(y)
+
+The penalty holds up the likelihood of the right response, which plain DPO lets fall as long as that of the wrong one falls faster. The
+reference of a round is the policy that sampled its pairs; with --rounds 1 that is DPO+ as published.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import ppo
+from baselines import rounds
+from train import setting
+
+
+@dataclass
+class Settings(rounds.Settings):
+    beta: float = setting(0.3, "weight of the log-ratios")
+    penalty: float = setting(50.0, "weight of the right response's loss of likelihood; 0: plain DPO")
+
+
+def dpo_positive_loss(right, wrong, ref_right, ref_wrong, beta=0.3, penalty=50.0):
+    """Loss of each pair [B] from the log-probabilities [B] of its whole responses under the policy and the reference."""
+    rho_right, rho_wrong = right - ref_right, wrong - ref_wrong
+    return -F.logsigmoid(beta * (rho_right - rho_wrong - penalty * torch.relu(-rho_right)))
+
+
+def pairs_of(episodes, cap, seed):
+    """[(right episode, wrong episode)], at most `cap` to a problem, no response in two pairs."""
+    rng = random.Random(seed)
+    pairs = []
+    for right, wrong in rounds.by_problem(episodes):
+        n = min(cap, len(right), len(wrong))
+        pairs += zip(rng.sample(right, n), rng.sample(wrong, n))
+    return pairs
+
+
+def response_logprobs(model, episodes, device):
+    """log pi(response | prompt) of each episode: [B]."""
+    batch = ppo.collate(episodes, [], device)
+    return (ppo.token_logprobs(model, batch["input_ids"]) * batch["action_mask"]).sum(-1)
+
+
+def train_round(s, episodes, policy, device):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = policy or ppo.load_sharded(s.model, device, True, s.bfloat16, s.activation_checkpointing)
+    pairs = pairs_of(episodes, s.cap, s.seed)
+    batch = min(s.batch, len(pairs) // world * world)
+    if not batch:
+        return model, 0, {"examples": len(pairs)}
+    steps = max(1, int(len(pairs) * s.epochs) // batch)
+    order = [i for epoch in range(int(s.epochs) + 1) for i in random.Random(s.seed + epoch).sample(range(len(pairs)), len(pairs))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    reference, losses = _reference_logprobs(s, model, pairs, device), []
+    for step in range(steps):
+        mine, total = order[step * batch : (step + 1) * batch][rank::world], torch.zeros((), device=device)
+        optimizer.zero_grad()
+        for k in range(0, len(mine), s.micro_batch):
+            rows = mine[k : k + s.micro_batch]
+            logprobs = response_logprobs(model, [e for i in rows for e in pairs[i]], device).view(-1, 2)  # [B, 2]: right, wrong
+            ref = reference[rows].to(device)  # [B, 2]
+            loss = dpo_positive_loss(*logprobs.T, *ref.T, s.beta, s.penalty).sum() / batch
+            (loss * world).backward()  # FSDP averages over the ranks; we want the sum
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = ppo.learning_rate(step, steps, s.learning_rate)
+        optimizer.step()
+        losses.append(ppo.sum_over_ranks(total).item())
+    return model, steps, {"examples": len(pairs), "loss": sum(losses) / len(losses)}
+
+
+@torch.no_grad()
+def _reference_logprobs(s, model, pairs, device):
+    """[number of pairs, 2], under the policy before its first step. All ranks compute all pairs together."""
+    parts = [
+        response_logprobs(model, [e for pair in pairs[k : k + s.micro_batch] for e in pair], device).view(-1, 2).cpu()
+        for k in range(0, len(pairs), s.micro_batch)
+    ]
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    rounds.main("dpo", __doc__, Settings, train_round)

@@ -1,0 +1,27 @@
+"""Advantages without values: a response is compared with the other responses to its problem. GRPO and RLOO.
+
+All tokens of a response get its one advantage. The loss, the KL term and the sampling are those of train.py for every algorithm, so GRPO
+here has PPO's mean over the tokens of the minibatch where its authors take the mean of each response first.
+"""
+
+import statistics
+
+
+def grpo(rewards):
+    """(R_i - mean) / std over the group, with the unbiased standard deviation; zeros where all are equal (arXiv 2402.03300, section 4.1)."""
+    mean, std = statistics.mean(rewards), statistics.stdev(rewards)
+    return [(r - mean) / std if std > 0 else 0.0 for r in rewards]
+
+
+def rloo(rewards):
+    """R_i minus the mean reward of the group's others (arXiv 2402.14740, section 3.3)."""
+    total = sum(rewards)
+    return [r - (total - r) / (len(rewards) - 1) for r in rewards]
+
+
+def set_advantages(episodes, formula, group):
+    """Set the token advantages of episodes of which each `group` in a row answer one problem (at least two of them)."""
+    for i in range(0, len(episodes), group):
+        members = episodes[i : i + group]
+        for e, advantage in zip(members, formula([e["reward"] for e in members])):
+            e["advantages"] = [advantage] * len(e["response_ids"])

@@ -1,0 +1,52 @@
+"""RestEM (arXiv 2312.06585): sample with the policy, keep the right responses, fine-tune the base model on them; repeat.
+
+    torchrun --nproc_per_node=8 -m baselines.restem --dataset math
+    python -m baselines.restem --dataset arithmetic --learning_rate 3e-4 --problems_per_round 256
+
+Every round starts again from the base model, so that what an early round taught does not pile up; the policy of the last round only samples.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import random
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+import ppo
+import sft
+from baselines import rounds
+from train import setting
+
+
+@dataclass
+class Settings(rounds.Settings):
+    base_model: str | None = setting(None, "what every round fine-tunes; default: --model")
+
+
+def right_responses(episodes, cap, seed):
+    """[(ids, number of prompt ids)] of at most `cap` distinct right responses to each problem, chosen at random."""
+    rng = random.Random(seed)
+    kept = [e for right, _ in rounds.by_problem(episodes) for e in rng.sample(right, min(cap, len(right)))]
+    return [(e["prompt_ids"] + e["response_ids"], len(e["prompt_ids"])) for e in kept]
+
+
+def train_round(s, episodes, policy, device):
+    rows = right_responses(episodes, s.cap, s.seed)
+    model = ppo.load_sharded(s.base_model or s.model, device, True, s.bfloat16, s.activation_checkpointing)
+    if len(rows) < dist.get_world_size():
+        return model, 0, {"examples": len(rows)}
+    losses = [
+        loss
+        for _, _, loss in sft.finetune(
+            model, rows, device, epochs=s.epochs, batch=s.batch, micro_batch=s.micro_batch, peak=s.learning_rate, seed=s.seed
+        )
+    ]
+    return model, len(losses), {"examples": len(rows), "loss": sum(losses) / len(losses)}
+
+
+if __name__ == "__main__":
+    rounds.main("restem", __doc__, Settings, train_round)
