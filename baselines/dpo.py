@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import ppo
 from baselines import rounds
-from train import setting
+from train import over_ranks, setting
 
 
 @dataclass
@@ -58,9 +58,10 @@ def train_round(s, episodes, policy, device):
     rank, world = dist.get_rank(), dist.get_world_size()
     model = policy or ppo.load_sharded(s.model, device, True, s.bfloat16, s.activation_checkpointing)
     pairs = pairs_of(episodes, s.cap, s.seed)
-    batch = min(s.batch, len(pairs) // world * world)
-    if not batch:
-        return model, 0, {"examples": len(pairs)}
+    pairs = pairs[: len(pairs) // world * world]  # all ranks make the same number of passes
+    if not pairs:
+        return model, 0, {"examples": 0}
+    batch = min(s.batch, len(pairs))
     steps = max(1, int(len(pairs) * s.epochs) // batch)
     order = [i for epoch in range(int(s.epochs) + 1) for i in random.Random(s.seed + epoch).sample(range(len(pairs)), len(pairs))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
@@ -85,12 +86,13 @@ def train_round(s, episodes, policy, device):
 
 @torch.no_grad()
 def _reference_logprobs(s, model, pairs, device):
-    """[number of pairs, 2], under the policy before its first step. All ranks compute all pairs together."""
+    """[number of pairs, 2], under the policy before its first step; each rank computes a share of them."""
+    share = len(pairs) // dist.get_world_size()
+    mine = pairs[dist.get_rank() * share :][:share]
     parts = [
-        response_logprobs(model, [e for pair in pairs[k : k + s.micro_batch] for e in pair], device).view(-1, 2).cpu()
-        for k in range(0, len(pairs), s.micro_batch)
+        response_logprobs(model, [e for pair in mine[k : k + s.micro_batch] for e in pair], device) for k in range(0, share, s.micro_batch)
     ]
-    return torch.cat(parts)
+    return torch.tensor(over_ranks(torch.cat(parts).tolist())).view(-1, 2)
 
 
 if __name__ == "__main__":
