@@ -7,6 +7,8 @@ hold all that differs.
 import copy
 import os
 import socket
+import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -111,6 +113,14 @@ def init_distributed():
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return device
+
+
+def refuse(message):
+    """End the program with one line for its user, before the ranks have joined: rank 0 says it, the others leave torchrun the time to read it."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.exit(message)
+    time.sleep(30)
+    sys.exit(1)
 
 
 def compute_dtype(device, bfloat16=None):

@@ -139,7 +139,7 @@ def main():
         if settings.model is not None:
             AutoConfig.from_pretrained(settings.model)
     except (ValueError, OSError) as error:
-        sys.exit("sft.py: " + str(error).split("\n")[0] if os.environ.get("RANK", "0") == "0" else 1)
+        ppo.refuse("sft.py: " + str(error).split("\n")[0])
     device = ppo.init_distributed()
     with tempfile.TemporaryDirectory() as scratch:
         if settings.model is None:

@@ -396,7 +396,7 @@ def main():
         if not train or not test:
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        ppo.refuse(f"train.py: {error}")
     guarded(lambda: train_run(s, run, tokenizer, train, test[: s.eval_problems], too_long + test_too_long))
 
 

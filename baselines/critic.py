@@ -9,6 +9,7 @@ The reward comes with the last token; a response without an end has reward 0 and
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForTokenClassification
+from transformers.utils import logging
 
 import ppo
 
@@ -43,9 +44,12 @@ class Critic:
         self.device, self.total_steps, self.peak = device, total_steps, learning_rate
         self.minibatch, self.micro_batch, self.epochs = minibatch // dist.get_world_size(), micro_batch, epochs
         self.gamma, self.gae_lambda, self.clip, self.max_grad_norm, self.seed, self.step = gamma, gae_lambda, clip, max_grad_norm, seed, 0
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # else it reports that the folder has no value head
         self.model = ppo.load_sharded(
             model, device, True, bfloat16, checkpoint_activations, AutoModelForTokenClassification, num_labels=1, classifier_dropout=0.0
         )
+        logging.set_verbosity(verbosity)
         for name, parameter in self.model.named_parameters():
             if name.startswith(("score.", "classifier.")):
                 torch.nn.init.zeros_(parameter)  # from_pretrained draws the missing head at random, on each rank anew
@@ -67,6 +71,7 @@ class Critic:
                 e["values"] = row[start : start + len(e["response_ids"])].tolist()
                 e["advantages"] = gae(e["values"], e["reward"], self.gamma, self.gae_lambda)
                 e["returns"] = [a + v for a, v in zip(e["advantages"], e["values"])]
+        self.model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
 
     def update(self, episodes):
         """Fit the network to the returns of the episodes whose advantages it has set: every rank brings as many. Returns metrics over all ranks.

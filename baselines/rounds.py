@@ -7,7 +7,6 @@ import json
 import os
 import random
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def main(method, doc, settings_class, train_round):
         if not training or not test:
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
     except (ValueError, OSError) as error:
-        sys.exit(f"{method}: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        ppo.refuse(f"{method}: {error}")
     train.guarded(lambda: _rounds(s, run, tokenizer, training, test[: s.eval_problems], train_round))
 
 

@@ -32,7 +32,7 @@ MORE_96 = " --prompts_per_iteration 12 --responses_per_prompt 8 --minibatch 48" 
 MORE_256 = " --prompts_per_iteration 32 --responses_per_prompt 8 --minibatch 128"
 ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32"
 EVAL = " --eval_problems 400 --eval_samples 1"
-LR, LR_RESTEM, LR_DPO = ("5e-5", "1e-4", "2e-4"), ("1e-4", "3e-4", "1e-3"), ("3e-5", "1e-4", "3e-4")
+LR, LR_RESTEM, LR_DPO = ("2e-5", "5e-5", "1e-4"), ("1e-4", "3e-4", "1e-3"), ("3e-5", "1e-4", "3e-4")
 METHODS = {  # name: (command, learning rates to search, number of seeds, whose search it uses)
     "vineppo-K9": (RL + EVAL + " --K 9", LR, 5, None),
     "vineppo-K3": (RL + EVAL + " --K 3", LR, 5, None),
