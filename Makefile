@@ -1,4 +1,5 @@
 # make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
+# make compare: the runs of experiments/compare.py that have no result yet, then its pictures; two hours on two cores.
 PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -7,7 +8,7 @@ DEVICES := $(if $(filter 0,$(GPUS)),$(shell nproc),$(GPUS))
 RANKS := $(shell for n in 8 4 2 1; do [ $(DEVICES) -ge $$n ] && echo $$n && break; done)
 TORCHRUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS)
 
-.PHONY: demo test lint install
+.PHONY: demo test lint install compare
 install: $(VENV)/installed
 
 ifeq ($(GPUS),0)
@@ -30,6 +31,13 @@ demo: install
 	$(TORCHRUN) sft.py --dataset arithmetic --out runs/sft
 	$(TORCHRUN) train.py --dataset arithmetic --model runs/sft --run_dir runs/demo
 	$(VENV)/bin/python experiments/plot.py runs/demo
+
+runs/sft/model.safetensors: | install
+	$(TORCHRUN) sft.py --dataset arithmetic --out runs/sft
+
+compare: install runs/sft/model.safetensors
+	$(VENV)/bin/python experiments/compare.py run
+	$(VENV)/bin/python experiments/compare.py draw
 
 test: install
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest tests

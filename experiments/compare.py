@@ -13,10 +13,12 @@ generated tokens. All sample at temperature 1, in training and in evaluation (th
 
 import hashlib
 import json
+import math
 import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -146,11 +148,12 @@ def run(only):
     cores = len(os.sched_getaffinity(0))
     RESULTS.mkdir(parents=True, exist_ok=True)
     running, failed = {}, set()  # running: process -> name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("compare.py: stopped; the runs that had ended are kept"))
     while True:
         for name, command in planned(load_results()).items():
             if re.match(only, name) and name not in failed and name not in running.values() and len(running) < cores:
                 print(f"{time.strftime('%H:%M:%S')} {name}: {command}", flush=True)
-                process = context.Process(target=execute, args=(name, command))
+                process = context.Process(target=execute, args=(name, command), daemon=True)  # ends with this one
                 process.start()
                 running[process] = name
         if not running:
@@ -172,8 +175,149 @@ def run(only):
         sys.exit(f"compare.py: {len(failed)} runs failed; the rest is done")
 
 
+# --- what came out ------------------------------------------------------------------------------------------------------------------
+
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 % two-sided, by the number of seeds
+STYLE = {  # colours that the colour-blind can tell apart (Okabe and Ito); the controls are the same colours, broken
+    "vineppo-K9": ("VinePPO, K = 9", dict(color="#0072b2")),
+    "vineppo-K3": ("VinePPO, K = 3", dict(color="#56b4e9")),
+    "vineppo-K1": ("VinePPO, K = 1", dict(color="#000000")),
+    "ppo": ("PPO", dict(color="#e69f00")),
+    "grpo": ("GRPO", dict(color="#009e73")),
+    "rloo": ("RLOO", dict(color="#d55e00")),
+    "grpo-96": ("GRPO, 96 responses", dict(color="#009e73", linestyle="--")),
+    "rloo-96": ("RLOO, 96 responses", dict(color="#d55e00", linestyle="--")),
+    "grpo-256": ("GRPO, 256 responses", dict(color="#009e73", linestyle=":")),
+    "rloo-256": ("RLOO, 256 responses", dict(color="#d55e00", linestyle=":")),
+    "restem": ("RestEM", dict(color="#cc79a7")),
+    "dpo": ("DPO+", dict(color="#999999")),
+}
+
+
+def interval(values):
+    """(mean, half the width of its 95 % t interval; 0 with one value)."""
+    half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.mean(values), half
+
+
+def seeds_of(method, results):
+    return [results[f"{method}-s{seed}"]["curve"] for seed in range(METHODS[method][2]) if f"{method}-s{seed}" in results]
+
+
+def evaluations(curves):
+    """The seeds' evaluations together: [{name: mean}] with accuracy's interval, train (mean reward since the evaluation before) and kl."""
+    points = []
+    for number in range(min(sum("accuracy" in line for line in curve) for curve in curves)):
+        rows = []
+        for curve in curves:
+            places = [i for i, line in enumerate(curve) if "accuracy" in line]
+            since = curve[places[number - 1] + 1 : places[number] + 1] if number else []
+            mean = {
+                k: statistics.mean(line[k] for line in since if k in line) for k in ("reward", "kl") if any(k in line for line in since)
+            }
+            rows.append(dict(gradient_steps=0) | curve[places[number]] | mean)
+        accuracy, half = interval([row["accuracy"] for row in rows])
+        point = {
+            k: statistics.mean(row[k] for row in rows) for k in ("gradient_steps", "tokens", "reward", "kl") if all(k in r for r in rows)
+        }
+        points.append(point | dict(accuracy=accuracy, half=half, seconds=statistics.median(row["seconds"] for row in rows)))
+    return points
+
+
+def reach(points, target, axis):
+    """Where the mean accuracy first reaches the target, between the evaluations on a straight line; None if it never does."""
+    for before, after in zip(points, points[1:]):
+        if before["accuracy"] < target <= after["accuracy"]:
+            share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+            return before[axis] + share * (after[axis] - before[axis])
+    return None
+
+
 def draw():
-    pass
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = load_results()
+    methods = {method: evaluations(seeds_of(method, results)) for method in METHODS if seeds_of(method, results)}
+    if not methods:
+        sys.exit(f"compare.py: no finished runs in {RESULTS}: `python experiments/compare.py run` makes them")
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", sharey=True)
+    panels = [
+        ("gradient_steps", "gradient steps", "linear"),
+        ("tokens", "generated tokens", "log"),
+        ("seconds", "seconds on one core", "log"),
+    ]
+    for axis, (name, label, scale) in zip(axes, panels):
+        for method, (text, style) in STYLE.items():
+            for points in [methods[method]] if method in methods else []:
+                points = points if scale == "linear" else points[1:]
+                x, y, half = ([point[k] for point in points] for k in (name, "accuracy", "half"))
+                axis.errorbar(x, y, half, label=text, marker="o", markersize=3, capsize=2, elinewidth=0.7, **style)
+        axis.set(xlabel=label, xscale=scale)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out accuracy at temperature 1")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(RESULTS.parent / "compare.png", dpi=110)
+
+    figure, (train, kl, temperature) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    for method, (text, style) in STYLE.items():
+        points = methods.get(method, [])[1:]
+        if points:
+            train.plot([p["reward"] for p in points], [p["accuracy"] for p in points], label=text, marker="o", markersize=3, **style)
+        if points and "kl" in points[0]:
+            kl.plot([p["kl"] for p in points], [p["accuracy"] for p in points], marker="o", markersize=3, **style)
+    train.axline((0.5, 0.5), slope=1, color="#bbbbbb", linewidth=1)
+    train.set(xlabel="accuracy on the training problems, as they are drawn", ylabel="held-out accuracy")
+    kl.set(xlabel="KL to the SFT policy, nats per response", ylabel="held-out accuracy", xscale="log")
+    for base in ("vineppo-K3", "rloo"):
+        found = [(t, methods[name][-1]) for t, name in ((0.6, f"{base}-T0.6"), (1.0, base), (1.2, f"{base}-T1.2")) if name in methods]
+        if found:
+            t, points = zip(*found)
+            temperature.errorbar(t, [p["accuracy"] for p in points], [p["half"] for p in points], marker="o", capsize=3, **STYLE[base][1])
+    temperature.set(xlabel="sampling temperature in training", ylabel="held-out accuracy at temperature 1, at the end")
+    for axis in (train, kl, temperature):
+        axis.grid(alpha=0.3)
+    figure.legend(*train.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(RESULTS.parent / "compare-more.png", dpi=110)
+
+    target = max((point["accuracy"] for point in methods.get("ppo", [])), default=None)
+    lines = [
+        f"Mean over the seeds and its 95 % t interval. To PPO's best: where the mean curve first reaches {target:.3f}."
+        if target
+        else "Mean over the seeds and its 95 % t interval.",
+        "",
+        "| method | learning rate | seeds | accuracy at the end | best | steps to PPO's best | tokens | seconds | tokens in all | seconds in all |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, points in methods.items():
+        end, best = points[-1], max(point["accuracy"] for point in points)
+        cost = [reach(points, target, axis) if target else None for axis in ("gradient_steps", "tokens", "seconds")]
+        text = STYLE[method][0] if method in STYLE else method
+        rate = chosen_rate(method, results).replace(" --critic_learning_rate ", ", critic ")
+        lines.append(
+            f"| {text} | {rate} | {len(seeds_of(method, results))} | {end['accuracy']:.3f} ± {end['half']:.3f} | {best:.3f} | "
+            + " | ".join("never" if c is None else f"{c:,.0f}" for c in cost)
+            + f" | {end['tokens']:,.0f} | {end['seconds']:,.0f} |"
+        )
+    lines += [
+        "",
+        "The search: mean of the last two evaluations over the seeds 100 and 101.",
+        "",
+        "| method | learning rates |",
+        "|---|---|",
+    ]
+    for method, (_, rates, _, search) in METHODS.items():
+        if search is None and chosen_rate(method, results):
+            found = {
+                rate: statistics.mean(last_accuracy(results[search_name(method, rate, seed)]) for seed in SEARCH_SEEDS) for rate in rates
+            }
+            cells = ", ".join(f"{rate.replace(' --critic_learning_rate ', ', critic ')}: {value:.3f}" for rate, value in found.items())
+            lines.append(f"| {method} | {cells} |")
+    (RESULTS.parent / "compare.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def main():

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import torchrun
+from conftest import python, torchrun
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
@@ -275,7 +275,46 @@ def metrics_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("module,words", [("baselines.restem", ["--rounds", "0"]), ("baselines.dpo", ["--batch", "3"])])
-def test_bad_input_gets_one_line(module, words, tmp_path):
-    done = torchrun(2, "-m", module, *words, "--run_dir", tmp_path)
-    assert done.returncode != 0 and f"{module.split('.')[1]}: {words[0]} {words[1]}" in done.stderr
+SMALL = ["--max_tokens", 16, "--eval_problems", 8, "--eval_samples", 1]
+
+
+def test_grpo_on_two_ranks(tmp_path, tiny_model):
+    arguments = [
+        *SMALL,
+        "--prompts_per_iteration",
+        4,
+        "--responses_per_prompt",
+        2,
+        "--minibatch",
+        4,
+        "--model",
+        tiny_model,
+        "--iterations",
+        2,
+    ]
+    done = torchrun(2, "train.py", "--algorithm", "grpo", *arguments, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    first, *lines = metrics_of(tmp_path / "run")
+    assert [line["gradient_steps"] for line in lines] == [4, 8] and all(line["logprob_gap"] < 1e-4 for line in lines)
+    # nothing is right, so every advantage is 0 and only the KL penalty is left, which is 0 at the start
+    assert all(line["reward"] == 0 and line["zero_advantages"] == 1 and line["tokens_values"] == 0 for line in lines)
+    assert lines[0]["policy_loss"] == 0
+
+
+@pytest.mark.parametrize("method", ["restem", "dpo"])
+def test_rounds_on_two_ranks_go_through_where_nothing_is_right(method, tmp_path, tiny_model):
+    arguments = [*SMALL, "--rounds", 1, "--problems_per_round", 5, "--responses_per_prompt", 2, "--model", tiny_model]
+    done = torchrun(2, "-m", f"baselines.{method}", *arguments, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    first, line = metrics_of(tmp_path / "run")
+    assert first == {"iteration": 0, "accuracy": 0.0} and line["examples"] == 0 and line["gradient_steps"] == 0
+    assert 5 * 2 <= line["tokens_sample"] <= 5 * 2 * 16
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict().items():
+        assert torch.equal(tensor, AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()[name])
+    again = python("-m", f"baselines.{method}", *arguments, "--run_dir", tmp_path / "run")
+    assert again.returncode == 1 and "holds a run already" in again.stderr and len(again.stderr.strip().splitlines()) == 1
+
+
+def test_bad_input_is_said_by_rank_0_before_torchrun_ends_it(tmp_path):
+    done = torchrun(2, "-m", "baselines.dpo", "--batch", 3, "--run_dir", tmp_path)
+    assert done.returncode != 0 and "dpo: --batch 3 does not divide over 2 ranks: take a multiple of 2" in done.stderr

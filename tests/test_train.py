@@ -13,7 +13,7 @@ import train
 from grader import Grader
 
 # small enough for seconds: every iteration is 4 problems x 2 responses, K = 2
-SMALL = ["--dataset", "arithmetic", "--prompts_per_iteration", "4", "--responses_per_prompt", "2", "--K", "2", "--minibatch", "4"]
+SMALL = ["--dataset", "arithmetic", "--prompts_per_iteration", "4", "--responses_per_prompt", "2", "--minibatch", "4"]
 SMALL += ["--max_tokens", "40", "--eval_problems", "8", "--eval_samples", "1"]
 
 
@@ -112,7 +112,7 @@ import os, signal, train
 checkpoint = train.checkpoint
 def then_die(*arguments):
     checkpoint(*arguments)
-    if arguments[3] == 2:
+    if arguments[-1] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 train.checkpoint = then_die
 train.main()
@@ -122,15 +122,19 @@ train.main()
 def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     arguments = [*SMALL, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 3, "--eval_every", 0, "--save_every", 1]
-    arguments += ["--report_to", "tensorboard"]
+    arguments += ["--report_to", "tensorboard", "--algorithm", "ppo"]  # with a critic, so there is more to lose
     killed = torchrun(1, tmp_path / "interrupted.py", *arguments)
     assert killed.returncode != 0 and [line["iteration"] for line in metrics_of(tmp_path / "run")] == [1, 2]
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 3, "rewa')  # as if it had been killed while it wrote
     refused = python("train.py", *arguments)
     assert refused.returncode == 1 and "holds a run already: add --resume" in refused.stderr
-    refused = python("train.py", *arguments, "--resume", "--K", 3)
-    assert refused.returncode == 1 and "--resume would go on with other settings" in refused.stderr and "--K was 2, now 3" in refused.stderr
+    refused = python("train.py", *arguments, "--resume", "--clip", 0.3)
+    assert (
+        refused.returncode == 1
+        and "--resume would go on with other settings" in refused.stderr
+        and "--clip was 0.2, now 0.3" in refused.stderr
+    )
     done = python("train.py", *arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert "after iteration 2" in done.stdout
@@ -142,7 +146,8 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     for name in ("1", "2", "3"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / name)
     assert list((tmp_path / "run").glob("events.out.tfevents*"))
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["K"] == 2
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["clip"] == 0.2
+    assert all(abs(line["explained_variance"]) < 10 and line["value_loss"] >= 0 for line in lines)
 
 
 FAILING = """
@@ -161,7 +166,7 @@ train.main()
 @pytest.mark.parametrize("how", ["raise", "kill"])
 def test_when_one_rank_fails_all_stop_and_say_why(tmp_path, tiny_model, how):
     (tmp_path / "failing.py").write_text(FAILING)
-    arguments = [*SMALL, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 2, "--eval_every", 0]
+    arguments = [*SMALL, "--K", 2, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 2, "--eval_every", 0]
     start = time.time()
     done = torchrun(2, tmp_path / "failing.py", *arguments, how)
     assert done.returncode != 0 and time.time() - start < 120
@@ -190,6 +195,11 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--model {model} --minibatch 3", 2, "--minibatch 3 does not divide over 2 ranks"),
     ("--model {model} --minibatch 24", 1, "--minibatch 24 does not divide the iteration's 64 responses"),
     ("--model {model} --K 0", 1, "--K 0 must be at least 1"),
+    ("--model {model} --algorithm grpo --K 4", 1, "--K does nothing with --algorithm grpo: it belongs to vineppo"),
+    ("--model {model} --gamma 0.9", 1, "--gamma does nothing with --algorithm vineppo: it belongs to ppo"),
+    ("--model {model} --algorithm ppo --gae_lambda 2", 1, "--gae_lambda 2.0 must be between 0 and 1"),
+    ("--model {model} --algorithm rloo --responses_per_prompt 1", 1, "--responses_per_prompt 1 must be at least 2"),
+    ("--model {model} --step_credit line", 1, "--step_credit line is not known: use paper, newline, sentence, or tokens:N"),
     ("--model {model} --top_p 1.5", 1, "--top_p 1.5 must be above 0 and at most 1"),
     ("--model {model} --temperature 0", 1, "--temperature 0.0 must be above 0"),
     ("--model {model} --iterations 0", 1, "--iterations 0 trains nothing"),

@@ -1,0 +1,77 @@
+"""The comparison: which runs it plans, and what it makes of their results."""
+
+import json
+import statistics
+
+import pytest
+
+import train
+from experiments import compare
+
+
+def result(accuracies, tokens=100, seconds=2.0):
+    """A run of ten iterations between evaluations, four steps each."""
+    curve = [{"iteration": 0, "accuracy": accuracies[0], "tokens": 0, "seconds": 0.0}]
+    for i in range(1, 10 * (len(accuracies) - 1) + 1):
+        line = {"iteration": i, "gradient_steps": 4 * i, "reward": i / 100, "kl": i / 10, "tokens": tokens * i, "seconds": seconds * i}
+        curve.append(line | ({"accuracy": accuracies[i // 10]} if i % 10 == 0 else {}))
+    return dict(start="0", curve=curve)
+
+
+def test_every_planned_command_is_one_that_train_accepts():
+    for method, (command, rates, seeds, search) in compare.METHODS.items():
+        assert seeds in compare.T95 and (search is None or compare.METHODS[search][1] == rates)
+        for rate in rates if command.startswith("train.py") else ():
+            s = train.parse_settings([*command.split()[1:], "--learning_rate", *rate.split()])
+            train.check(s, 1)
+            episodes = s.prompts_per_iteration * s.responses_per_prompt
+            assert s.iterations * s.epochs * episodes // s.minibatch == 160, method  # all RL methods make as many optimizer steps
+            assert method in compare.STYLE or search
+
+
+def test_the_seeds_that_count_wait_for_the_search_and_use_the_best_rate():
+    plan = compare.planned({})
+    assert all(name.startswith("search-") for name in plan)
+    found = {compare.search_name("rloo", rate, seed): result([0, 0, 0.5, 0.5]) for rate in compare.LR for seed in compare.SEARCH_SEEDS}
+    best = compare.LR[1]
+    found[compare.search_name("rloo", best, 100)] = result([0, 0, 0.5, 0.6])
+    assert compare.chosen_rate("rloo", found) == compare.chosen_rate("rloo-T0.6", found) == best
+    plan = compare.planned(found)
+    assert all(plan[f"rloo-s{seed}"].endswith(f"--learning_rate {best} --seed {seed}") for seed in range(5))
+    assert not set(plan) & set(found) and "grpo-s0" not in plan
+    assert "rloo-s3" not in compare.planned(found | {"rloo-s3": result([0, 1])})
+
+
+def test_evaluations_over_seeds():
+    first, second = result([0.4, 0.6, 0.5]), result([0.4, 0.8, 0.7], seconds=4.0)
+    start, middle, end = compare.evaluations([first["curve"], second["curve"]])
+    assert start["accuracy"] == pytest.approx(0.4) and start["half"] == 0 and start["tokens"] == 0
+    assert middle["accuracy"] == pytest.approx(0.7) and middle["half"] == pytest.approx(12.71 * 0.1)  # t(1) s / sqrt(2)
+    assert middle["gradient_steps"] == 40 and middle["tokens"] == 1000 and middle["seconds"] == 30  # the median of 20 and 40
+    assert middle["reward"] == pytest.approx(statistics.mean(range(1, 11)) / 100)  # since the evaluation before
+    assert end["kl"] == pytest.approx(statistics.mean(range(11, 21)) / 10)
+    points = [start, middle, end]
+    assert compare.reach(points, 0.55, "tokens") == pytest.approx(500) and compare.reach(points, 0.71, "tokens") is None
+
+
+def test_pictures_and_table_come_from_the_results_alone(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results" / "compare"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(compare, "RESULTS", folder)
+    with pytest.raises(SystemExit, match="no finished runs"):
+        compare.draw()
+    runs = {f"vineppo-K9-s{seed}": result([0.4, 0.5, 0.6 + seed / 100]) for seed in range(5)}
+    runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5], tokens=10) for seed in range(2)}  # not all of them have ended
+    for method in ("vineppo-K9", "ppo"):
+        runs |= {compare.search_name(method, rate, s): result([0, 0.5, 0.5]) for rate in compare.METHODS[method][1] for s in (100, 101)}
+    for name, r in runs.items():
+        (folder / f"{name}.json").write_text(json.dumps(r))
+    compare.draw()
+    table = (folder.parent / "compare.md").read_text()
+    assert table == capsys.readouterr().out
+    assert (
+        "| VinePPO, K = 9 | 2e-5 | 5 | 0.620 ± 0.020 | 0.620 | 40 | 1,000 | 20 | 2,000 | 40 |" in table
+    )  # reaches 0.5 at the first evaluation
+    assert "| PPO | 2e-5 | 2 | 0.500 ± 0.000 | 0.500 | 80 | 200 | 40 | 200 | 40 |" in table
+    for picture in ("compare.png", "compare-more.png"):
+        assert (folder.parent / picture).stat().st_size > 20_000
