@@ -40,6 +40,7 @@ import ppo
 import vine
 from baselines import credit, groups
 from baselines.critic import Critic
+from experiments import show
 from grader import Grader
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
@@ -96,6 +97,7 @@ class Settings:
     eval_temperature: float | None = setting(None, "sampling temperature of evaluations")
     eval_top_p: float | None = setting(None, "nucleus of evaluations")
     save_every: int | None = setting(None, "iterations between checkpoints; 0: only the final model")
+    store_every: int | None = setting(None, "iterations between stored responses and rollouts, for experiments/show.py; 0: never")
     report_to: str = setting("none", "also send the metrics to", ["none", "tensorboard", "wandb"])
     # the machine
     bfloat16: bool | None = setting(None, "compute in bfloat16, weights and optimizer in float32; default: on GPUs only")
@@ -108,7 +110,7 @@ class Settings:
 PAPER = dict(  # Rho-1B on MATH; arXiv 2410.01679 and the released configs (rho1b, deepseekmath7b)
     model="realtreetune/rho-1b-sft-MATH", iterations=1000, prompts_per_iteration=64, responses_per_prompt=8, K=9, step_credit="paper", gae_lambda=1.0, gamma=1.0, temperature=0.6, top_p=0.9, max_tokens=1024,
     max_sequence=2048, stop="\n\n\nProblem:", learning_rate=1e-6, minibatch=64, micro_batch=4, eval_every=25, eval_samples=16,
-    eval_temperature=0.35, eval_top_p=0.9, save_every=50, activation_checkpointing=True,
+    eval_temperature=0.35, eval_top_p=0.9, save_every=50, store_every=50, activation_checkpointing=True,
 )  # fmt: skip
 OWN_SETTINGS = dict(
     vineppo=("K", "max_valued_steps", "step_credit"), ppo=("gae_lambda", "gamma", "critic_learning_rate")
@@ -119,7 +121,7 @@ DEFAULTS = {
     "arithmetic": PAPER | dict(
         model="runs/sft", iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
         learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=20, eval_samples=2, eval_temperature=1.0, eval_top_p=1.0,
-        save_every=40, activation_checkpointing=False,
+        save_every=40, store_every=20, activation_checkpointing=False,
     ),
 }  # fmt: skip
 
@@ -161,7 +163,7 @@ def check(s, world):
         "eval_problems", "eval_samples", "max_sequences", "grader_workers",
     ):  # fmt: skip
         need(getattr(s, name) is None or getattr(s, name) >= 1, f"--{name} {getattr(s, name)} must be at least 1")
-    for name in ("eval_every", "save_every", "clip", "kl_coef", "eval_temperature"):
+    for name in ("eval_every", "save_every", "store_every", "clip", "kl_coef", "eval_temperature"):
         need(getattr(s, name) >= 0, f"--{name} {getattr(s, name)} must not be negative")
     for name in ("temperature", "learning_rate", "critic_learning_rate"):
         need(getattr(s, name) is None or getattr(s, name) > 0, f"--{name} {getattr(s, name)} must be above 0")
@@ -224,7 +226,7 @@ def check_run_folder(s, run):
     changed = [
         f"--{name} was {before.get(name)}, now {value}"
         for name, value in dataclasses.asdict(s).items()
-        if value != before.get(name) and name not in free and not name.startswith(("eval_", "save_"))
+        if value != before.get(name) and name not in free and not name.startswith(("eval_", "save_", "store_"))
     ]
     if changed:
         raise ValueError(f"--resume would go on with other settings than {run} began with: {'; '.join(changed)}")
@@ -237,7 +239,14 @@ def sample_responses(engine, grader, batch, s):
     """Responses to the (Problem, prompt ids) of this rank: one dict each, with its text and reward R in {0, 1}."""
     completions = engine.generate([ids for _, ids in batch], s.responses_per_prompt, s.max_tokens, s.temperature, s.top_p, logprobs=True)
     episodes = [
-        dict(prompt_ids=ids, response_ids=c.token_ids, engine_logprobs=c.logprobs, finished=c.finished, answer=problem.answer)
+        dict(
+            prompt_ids=ids,
+            response_ids=c.token_ids,
+            engine_logprobs=c.logprobs,
+            finished=c.finished,
+            answer=problem.answer,
+            prompt=problem.prompt,
+        )
         for (problem, ids), group in zip(batch, completions)
         for c in group
     ]
@@ -255,7 +264,7 @@ def rewards(grader, responses):
 
 
 def vineppo(engine, grader, episodes, s):
-    """Set the advantages of the episodes by VinePPO. Returns what the metrics need: the states' values, and what they cost.
+    """Set the advantages of the episodes by VinePPO. Returns the states' values and what they cost, and the rollouts for show.py.
 
     A state is sent to the engine as the very token ids that were sampled up to it; the rollouts serve its value alone.
     """
@@ -268,17 +277,22 @@ def vineppo(engine, grader, episodes, s):
     left = [s.max_tokens - len(prefix) for _, prefix in states]  # what the state leaves of the response's token limit
     continued = engine.generate([prompt + prefix for prompt, prefix in states], s.K, left, s.temperature, s.top_p)
     rollouts = [
-        dict(text=engine.text(prefix + c.token_ids), finished=c.finished or engine.stops(prefix + c.token_ids), answer=answers[i])
+        dict(text=engine.text(prefix + c.token_ids), finished=c.finished or engine.stops(prefix + c.token_ids), answer=answers[i], state=i)
         for i, ((_, prefix), group) in enumerate(zip(states, continued))
         for c in group
     ]
     graded = rewards(grader, rollouts)
     values = vine.monte_carlo_values([graded[i : i + s.K] for i in range(0, len(graded), s.K)])
     for e, row in zip(episodes, indices):
+        e["states"] = row
         e["values"] = [None if i is None else values[i] for i in row]
         e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
-    steps = sum(len(e["values"]) for e in episodes)
-    return dict(values=values, steps=steps, rollouts=len(rollouts), tokens=sum(len(c.token_ids) for group in continued for c in group))
+    for rollout, reward in zip(rollouts, graded):
+        rollout["reward"] = reward
+    return dict(
+        values=values, steps=sum(len(e["values"]) for e in episodes), tokens=sum(len(c.token_ids) for group in continued for c in group),
+        rollouts=rollouts,
+    )  # fmt: skip
 
 
 def evaluate(engine, grader, problems, s):
@@ -484,6 +498,10 @@ def train_run(s, run, tokenizer, train, test, too_long):
             update = trainer.update(episodes) | (critic.update(episodes) if critic else {})
         with phases("sync"):
             engine.load_weights(ppo.full_tensors(trainer.model))
+        if s.store_every and (iteration == 0 or (iteration + 1) % s.store_every == 0):
+            lines = over_ranks(show.record(episodes, vined and vined["rollouts"], engine.decode))
+            if rank == 0:
+                show.write(run / "episodes" / f"{iteration + 1:06}.jsonl.gz", lines)
         if s.eval_every and ((iteration + 1) % s.eval_every == 0 or iteration + 1 == s.iterations):
             with phases("evaluate"):
                 accuracy, _, tokens["evaluate"] = evaluate(engine, grader, test, s)
@@ -507,6 +525,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
 def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grader_counts, cache):
     """One line of metrics.jsonl, over all ranks; every rank calls it."""
     episodes = over_ranks([{k: e[k] for k in ("reward", "finished", "advantages")} for e in episodes])
+    vined = vined and vined | dict(rollouts=len(vined["rollouts"]))
     parts = over_ranks([(vined, seconds, tokens, grader_counts, cache)])
     vineds, seconds, tokens, counts, caches = ([part[i] for part in parts] for i in range(5))
     advantages = [a for e in episodes for a in e["advantages"]]

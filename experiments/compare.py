@@ -205,8 +205,12 @@ def seeds_of(method, results):
 
 
 def evaluations(curves):
-    """The seeds' evaluations together: [{name: mean}] with accuracy's interval, train (mean reward since the evaluation before) and kl."""
+    """The seeds' evaluations together: [{name: mean}] with accuracy's interval, and reward and kl since the evaluation before.
+
+    seconds: the median iteration of all seeds times the iterations done, since other work on the machine slows some of them.
+    """
     points = []
+    pace = statistics.median(after["seconds"] - before["seconds"] for curve in curves for before, after in zip(curve, curve[1:]))
     for number in range(min(sum("accuracy" in line for line in curve) for curve in curves)):
         rows = []
         for curve in curves:
@@ -220,7 +224,7 @@ def evaluations(curves):
         point = {
             k: statistics.mean(row[k] for row in rows) for k in ("gradient_steps", "tokens", "reward", "kl") if all(k in r for r in rows)
         }
-        points.append(point | dict(accuracy=accuracy, half=half, seconds=statistics.median(row["seconds"] for row in rows)))
+        points.append(point | dict(accuracy=accuracy, half=half, seconds=pace * rows[0]["iteration"]))
     return points
 
 

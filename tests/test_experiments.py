@@ -1,12 +1,14 @@
-"""The comparison: which runs it plans, and what it makes of their results."""
+"""The comparison: which runs it plans, and what it makes of their results. The page and the table of a run's solutions; its pictures."""
 
 import json
+import re
 import statistics
 
 import pytest
+from conftest import python
 
 import train
-from experiments import compare
+from experiments import compare, show
 
 
 def result(accuracies, tokens=100, seconds=2.0):
@@ -47,7 +49,7 @@ def test_evaluations_over_seeds():
     start, middle, end = compare.evaluations([first["curve"], second["curve"]])
     assert start["accuracy"] == pytest.approx(0.4) and start["half"] == 0 and start["tokens"] == 0
     assert middle["accuracy"] == pytest.approx(0.7) and middle["half"] == pytest.approx(12.71 * 0.1)  # t(1) s / sqrt(2)
-    assert middle["gradient_steps"] == 40 and middle["tokens"] == 1000 and middle["seconds"] == 30  # the median of 20 and 40
+    assert middle["gradient_steps"] == 40 and middle["tokens"] == 1000 and middle["seconds"] == 30  # ten of the median iteration, 3
     assert middle["reward"] == pytest.approx(statistics.mean(range(1, 11)) / 100)  # since the evaluation before
     assert end["kl"] == pytest.approx(statistics.mean(range(11, 21)) / 10)
     points = [start, middle, end]
@@ -75,3 +77,57 @@ def test_pictures_and_table_come_from_the_results_alone(tmp_path, monkeypatch, c
     assert "| PPO | 2e-5 | 2 | 0.500 ± 0.000 | 0.500 | 80 | 200 | 40 | 200 | 40 |" in table
     for picture in ("compare.png", "compare-more.png"):
         assert (folder.parent / picture).stat().st_size > 20_000
+
+
+HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & \u202e \x1b[2J"
+
+
+def solution(text=HOSTILE):
+    step = dict(text=text, advantage=-0.5, value=0.5, right=2, K=4, rollouts=[[0.0, text]])
+    return dict(prompt=text, answer=text, reward=0.0, finished=False, steps=[step, dict(text="\nb", advantage=0.0, value=None)])
+
+
+def test_the_page_holds_the_models_text_as_data_alone():
+    page = show.as_page(HOSTILE, [solution()])
+    assert page.count("<script") == page.count("</script>") == 2 and "alert(1)</" not in page and "<!--" not in page
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(data) == dict(title=HOSTILE, solutions=[solution()])
+    assert not re.search(r"(src|href)\s*=|@import|url\(", page)  # nothing is loaded from anywhere
+
+
+def test_a_solution_in_the_terminal():
+    lines = show.as_text(solution("x = 5\n")).splitlines()
+    assert lines[-3].split(maxsplit=4) == ["0", "0.50", ".", "-0.50", "x = 5"] and lines[-2].split(maxsplit=4) == [
+        "1",
+        ".",
+        ".",
+        "+0.00",
+        "b",
+    ]
+    assert lines[-1] == "reward 0, the answer is x = 5; unfinished"
+    assert "\x1b" not in show.as_text(solution())
+
+
+def test_show_and_plot_from_the_shell(tmp_path):
+    run = tmp_path / "run"
+    for script in ("show", "plot"):
+        done = python(f"experiments/{script}.py", run)
+        assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and str(run) in done.stderr
+    show.write(run / "episodes" / "000020.jsonl.gz", [solution()] * 3)
+    assert show.read(run / "episodes" / "000020.jsonl.gz") == [solution()] * 3
+    assert "--iteration 3 was not stored" in python("experiments/show.py", run, "--iteration", 3).stderr
+    assert "the iteration has the solutions 0 to 2" in python("experiments/show.py", run, "--text", 3).stderr
+    assert python("experiments/show.py", run, "--text", 2).stdout.rstrip().endswith("unfinished")
+    assert "3 solutions of iteration 20" in python("experiments/show.py", run, "--out", tmp_path / "page.html").stdout
+    assert "run, iteration 20" in (tmp_path / "page.html").read_text()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in result([0.1, 0.2])["curve"]))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    for folder, rate in ((run, 0.1), (other, 0.2)):
+        (folder / "settings.json").write_text(
+            json.dumps(dict(dataset="arithmetic", algorithm="vineppo", learning_rate=rate, run_dir=str(folder)))
+        )
+    done = python("experiments/plot.py", run, other, "--out", tmp_path / "both.png")
+    assert done.returncode == 0 and (tmp_path / "both.png").stat().st_size > 20_000, done.stderr
+    assert "learning_rate 0.1" in done.stdout and "learning_rate 0.2" in done.stdout and "run_dir" not in done.stdout

@@ -10,6 +10,7 @@ from conftest import python, torchrun
 from transformers import AutoModelForCausalLM
 
 import train
+from experiments import show
 from grader import Grader
 
 # small enough for seconds: every iteration is 4 problems x 2 responses, K = 2
@@ -58,26 +59,39 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit():
         line = "b" if k % 2 else "x"
         return {"?": f"a\n{line}\nc\n#### {line}", "a": f"\n{line}\nc\n#### {line}"}.get(text[-1], f"\nc\n#### {text[-1]}")
 
-    s = train.Settings(responses_per_prompt=2, K=4, max_tokens=14, temperature=1.0, top_p=1.0)
+    s = train.Settings(responses_per_prompt=2, K=4, step_credit="paper", max_tokens=14, temperature=1.0, top_p=1.0)
     engine, grader = ScriptedEngine(script), Grader()
-    problem = SimpleNamespace(answer="b")
+    problem = SimpleNamespace(answer="b", prompt="?")
     episodes = train.sample_responses(engine, grader, [(problem, [ord("?")])], s)
     assert [e["reward"] for e in episodes] == [0.0, 1.0] and all(e["finished"] for e in episodes)
     vined = train.vineppo(engine, grader, episodes, s)
     prompts, n, limits = engine.requests[1]
     assert n == 4 and sorted(map(engine.decode, prompts)) == ["?", "?a", "?a\nb", "?a\nx"]  # each distinct state once
     assert all(limit == 14 - (len(prompt) - 1) for prompt, limit in zip(prompts, limits))
-    assert vined["rollouts"] == 16 and vined["tokens"] == sum(14 - (len(prompt) - 1) for prompt in prompts for _ in range(4)) - 4 * 4 * 1
+    assert (
+        len(vined["rollouts"]) == 16 and vined["tokens"] == sum(14 - (len(prompt) - 1) for prompt in prompts for _ in range(4)) - 4 * 4 * 1
+    )
     wrong, right = episodes
     assert right["values"] == [0.5, 0.5, 1.0] and wrong["values"] == [0.5, 0.5, 0.0]
     assert right["advantages"] == [0.0] * 1 + [0.5] * 2 + [0.0] * 10  # "a", "\nb", "\nc\n#### b" and EOS
     assert wrong["advantages"] == [0.0] * 1 + [-0.5] * 2 + [0.0] * 10
+    assert_stored(show.record(episodes, vined["rollouts"], engine.decode))
     s.max_tokens = 12  # one too few: nothing ends, so nothing is right
     cut = train.sample_responses(engine, grader, [(problem, [ord("?")])], s)
     assert [e["reward"] for e in cut] == [0.0, 0.0] and not any(e["finished"] for e in cut)
     train.vineppo(engine, grader, cut, s)
     assert all(v == 0.0 for e in cut for v in e["values"])
     grader.close()
+
+
+def assert_stored(solutions):
+    """What show.py gets of that iteration: whole texts, and of every state the rollouts that made its value."""
+    wrong, right = solutions
+    assert "".join(step["text"] for step in right["steps"]) == "a\nb\nc\n#### b" and right["reward"] == 1.0
+    assert [step["advantage"] for step in right["steps"]] == [0.0, 0.5, 0.0]
+    assert [(step["value"], step["right"], step["K"]) for step in right["steps"]] == [(0.5, 2, 4), (0.5, 2, 4), (1.0, 4, 4)]
+    assert right["steps"][1]["rollouts"] == [(1.0, "\nb\nc\n#### b")] * 2 + [(0.0, "\nx\nc\n#### x")] * 2
+    assert [step["right"] for step in wrong["steps"]] == [2, 2, 0]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------
@@ -103,8 +117,11 @@ def test_two_ranks_learn_arithmetic(tmp_path):
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] > 0
     assert "accuracy before training" in done.stdout and f"wrote {run / 'model'}" in done.stdout
     AutoModelForCausalLM.from_pretrained(run / "model")
+    assert sorted(path.name for path in (run / "episodes").iterdir()) == ["000001.jsonl.gz", "000020.jsonl.gz"]
+    page = python("experiments/show.py", run)
+    assert page.returncode == 0 and "64 solutions of iteration 20" in page.stdout, page.stderr
     plot = python("experiments/plot.py", run)
-    assert plot.returncode == 0 and (run / "curve.png").stat().st_size > 10_000, plot.stderr
+    assert plot.returncode == 0 and (run / "curves.png").stat().st_size > 10_000, plot.stderr
 
 
 INTERRUPTED = """
