@@ -1,6 +1,7 @@
 """The comparison: which runs it plans, and what it makes of their results. The page and the table of a run's solutions; its pictures."""
 
 import json
+import random
 import re
 import statistics
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import python
 
 import train
-from experiments import compare, show
+from experiments import compare, show, values
 
 
 def result(accuracies, tokens=100, seconds=2.0):
@@ -131,3 +132,53 @@ def test_show_and_plot_from_the_shell(tmp_path):
     done = python("experiments/plot.py", run, other, "--out", tmp_path / "both.png")
     assert done.returncode == 0 and (tmp_path / "both.png").stat().st_size > 20_000, done.stderr
     assert "learning_rate 0.1" in done.stdout and "learning_rate 0.2" in done.stdout and "run_dir" not in done.stdout
+
+
+# --- the analysis of values ---------------------------------------------------------------------------------------------------------
+
+
+def test_estimates_never_use_the_rollouts_of_the_truth():
+    row = values.estimates([1.0] * 4 + [0.0] * 9, truth_rollouts=4)
+    assert row == {"truth": 1.0, "error": 0.0, "K=1": 0.0, "K=3": 0.0, "K=9": 0.0}
+    row = values.estimates([1.0, 0.0, 0.0, 0.0] + [1.0] + [0.0] * 8, truth_rollouts=4)
+    assert row["truth"] == 0.25 and row["error"] == pytest.approx((0.25 * 0.75 / 4) ** 0.5)
+    assert (row["K=1"], row["K=3"], row["K=9"]) == (1.0, pytest.approx(1 / 3), pytest.approx(1 / 9))
+
+
+def test_accuracy_of_estimators_that_are_known():
+    """Values uniform on 0..1, truth by 50 rollouts, estimates by 9: the noise of the truth is taken out, V(1 - V) / 9 is left."""
+    rng, rows = random.Random(0), []
+    for _ in range(4000):
+        v = rng.random()
+        row = values.estimates([float(rng.random() < v) for _ in range(59)], 50)
+        rows.append(row | {"exact": v, "shifted": v + 0.1, "constant": 0.5})
+    exact, shifted, constant, nine = (values.accuracy_of(rows, name) for name in ("exact", "shifted", "constant", "K=9"))
+    assert exact["explained_without_noise"] == pytest.approx(1.0, abs=0.005) and exact["explained"] < 0.98
+    assert shifted["bias"] == pytest.approx(0.1, abs=0.01) and shifted["correlation"] == pytest.approx(exact["correlation"])
+    assert constant["explained"] == pytest.approx(0.0, abs=0.01) and constant["correlation"] == 0.0
+    assert nine["explained_without_noise"] == pytest.approx(1 - (1 / 6 / 9) / (1 / 12), abs=0.02)  # E V(1 - V) = 1/6, Var V = 1/12
+    assert nine["mae"] > exact["mae"] > 0
+
+
+def test_ranking_counts_pairs_that_differ_and_splits_ties():
+    def row(truth, estimate):
+        return {"truth": truth, "error": 0.03, "x": estimate}
+
+    group = [row(0.9, 1.0), row(0.5, 1.0), row(0.1, 0.0), row(0.11, 0.5)]  # the last two do not differ
+    found = values.ranking_of([group], "x")
+    assert found == dict(pairs=pytest.approx(4.5 / 5), top1=0.5, number_of_pairs=5, number_of_states=1)  # 0.9 and 0.5 are tied
+    assert values.ranking_of([[row(0.5, 0.0), row(0.51, 1.0), row(0.49, 0.3)]], "x")["pairs"] is None
+    chance = values.ranking_of([group, group[:2]], "truth")
+    assert chance["pairs"] == chance["top1"] == 1.0 and chance["number_of_pairs"] == 6
+
+
+def test_the_limit_of_large_k_takes_out_what_falls_as_one_over_k():
+    batches = [{f"K={k}": a + b / k for k in values.KS} for a, b in ((2.0, 3.0), (5.0, 0.0), (1.0, -1.0))]
+    assert values.limit_of_large_k(batches) == pytest.approx([2.0, 5.0, 1.0])
+    ratio, error = values.ratio_and_error([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], random.Random(0))
+    assert ratio == pytest.approx(2.0) and error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_values_refuses_what_is_no_checkpoint(tmp_path):
+    done = python("experiments/values.py", tmp_path)
+    assert done.returncode == 1 and done.stderr.strip() == f"values.py: {tmp_path} is no RUN/checkpoints/N of train.py"

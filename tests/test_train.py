@@ -166,6 +166,19 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["clip"] == 0.2
     assert all(abs(line["explained_variance"]) < 10 and line["value_loss"] >= 0 for line in lines)
 
+    # the analysis of values, on that run's policy and critic
+    arguments = ["--problems", 3, "--ranked", 2, "--batches", 3, "--truth_rollouts", 8, "--results", tmp_path / "results" / "values"]
+    done = python("experiments/values.py", tmp_path / "run" / "checkpoints" / "3", *arguments)
+    assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "results" / "values").glob("run-3.json")
+    found = json.loads(found.read_text())
+    for row in found["states"]:  # an untrained policy is never right
+        assert row["truth"] == row["error"] == row["K=9"] == row["constant"] == 0 and 0 <= row["position"] < 1 and "value network" in row
+    assert len(found["gradient"]) == 3
+    for line in found["gradient"]:
+        assert line["K=1"] == line["K=9"] == line["RLOO"] == 0 and line["value network"] >= 0  # the network alone thinks otherwise
+    assert (tmp_path / "results" / "values-run-3.png").exists() and "## run-3" in (tmp_path / "results" / "values.md").read_text()
+
 
 FAILING = """
 import os, signal, sys, train, ppo
