@@ -46,12 +46,12 @@ METHODS = {  # name: (command, learning rates to search, number of seeds, whose 
     "rloo-96": (RL + EVAL + MORE_96 + " --algorithm rloo", LR, 5, None),
     "restem": ("-m baselines.restem" + ROUNDS + EVAL, LR_RESTEM, 3, None),
     "dpo": ("-m baselines.dpo" + ROUNDS + EVAL, LR_DPO, 3, None),
-    "grpo-256": (RL + EVAL + MORE_256 + " --algorithm grpo", LR, 3, "grpo-96"),
-    "rloo-256": (RL + EVAL + MORE_256 + " --algorithm rloo", LR, 3, "rloo-96"),
     "vineppo-K3-T0.6": (RL + EVAL + " --K 3 --temperature 0.6", LR, 3, "vineppo-K3"),
     "vineppo-K3-T1.2": (RL + EVAL + " --K 3 --temperature 1.2", LR, 3, "vineppo-K3"),
     "rloo-T0.6": (RL + EVAL + " --algorithm rloo --temperature 0.6", LR, 3, "rloo"),
     "rloo-T1.2": (RL + EVAL + " --algorithm rloo --temperature 1.2", LR, 3, "rloo"),
+    "grpo-256": (RL + EVAL + MORE_256 + " --algorithm grpo", LR, 2, "grpo-96"),
+    "rloo-256": (RL + EVAL + MORE_256 + " --algorithm rloo", LR, 2, "rloo-96"),
 }
 
 
