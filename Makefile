@@ -1,5 +1,6 @@
 # make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
 # make compare: the runs of experiments/compare.py that have no result yet, then its pictures; two hours on two cores.
+# make analyze: values and gradients of three of those runs' checkpoints.
 PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -8,7 +9,7 @@ DEVICES := $(if $(filter 0,$(GPUS)),$(shell nproc),$(GPUS))
 RANKS := $(shell for n in 8 4 2 1; do [ $(DEVICES) -ge $$n ] && echo $$n && break; done)
 TORCHRUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/torchrun --standalone --nproc_per_node=$(RANKS)
 
-.PHONY: demo test lint install compare
+.PHONY: demo test lint install compare analyze
 install: $(VENV)/installed
 
 ifeq ($(GPUS),0)
@@ -32,12 +33,17 @@ demo: install
 	$(TORCHRUN) train.py --dataset arithmetic --model runs/sft --run_dir runs/demo
 	$(VENV)/bin/python experiments/plot.py runs/demo
 
-runs/sft/model.safetensors: | install
-	$(TORCHRUN) sft.py --dataset arithmetic --out runs/sft
+# always on two ranks: the comparison's results go together only if they began from one and the same policy
+runs/compare/sft/model.safetensors: | install
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2 sft.py --dataset arithmetic --out runs/compare/sft
 
-compare: install runs/sft/model.safetensors
+compare: install runs/compare/sft/model.safetensors
 	$(VENV)/bin/python experiments/compare.py run
 	$(VENV)/bin/python experiments/compare.py draw
+
+ANALYZED := $(foreach run,ppo-s0 ppo-s1 vineppo-K9-s0,runs/compare/$(run)/checkpoints/40)
+analyze: install
+	$(TORCHRUN) experiments/values.py $(ANALYZED) --next_step_temperature 1.5
 
 test: install
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest tests

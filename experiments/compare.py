@@ -4,11 +4,13 @@
     python experiments/compare.py run --only 'rloo.*'
     python experiments/compare.py draw         # pictures and tables from the results alone
 
-`make compare` does both, after sft.py. A finished run leaves experiments/results/compare/NAME.json: its curve, settings, and the commit that made
-it. First comes a search for each method's learning rate, on seeds of its own, three values for every method; then the seeds that count.
-All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8 responses with them, 40 times, and differ in nothing
-but the advantages. The controls give GRPO and RLOO more responses: 96 per iteration cost about the seconds of VinePPO's K = 9, 256 about its
-generated tokens. All sample at temperature 1, in training and in evaluation (the first 400 held-out problems, once each).
+`make compare` does both, after sft.py. A finished run leaves experiments/results/compare/NAME.json: its curve, command, settings, and the commit
+that made it; a result counts only as long as its command is the planned one. First comes a search for each method's learning rate, on two seeds of
+its own: three values a factor of two to three apart, one more below for PPO, whose best was the lowest (each with the critic at the same rate and at 1e-3).
+Then come the seeds that count. All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8 responses with them, 40
+times, and differ in nothing but the advantages. The controls give GRPO and RLOO more responses for as many optimizer steps: 96 per iteration cost
+about the seconds of VinePPO's K = 9 and the generated tokens of K = 3, 256 the tokens of K = 9. Sampling is at temperature 1, but for the runs named
+T; evaluation is at temperature 1, the first 400 held-out problems once each (standard error of one evaluation: 0.025).
 """
 
 import hashlib
@@ -26,20 +28,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS, RUNS, MODEL = ROOT / "experiments" / "results" / "compare", ROOT / "runs" / "compare", ROOT / "runs" / "sft"
+RESULTS, RUNS = ROOT / "experiments" / "results" / "compare", ROOT / "runs" / "compare"
+MODEL = RUNS / "sft"
 
-SEEDS, SEARCH_SEEDS = range(5), (100, 101)
+SEARCH_SEEDS = (100, 101)
 RL = "train.py --iterations 40 --prompts_per_iteration 4 --responses_per_prompt 4 --minibatch 8 --save_every 20 --eval_every 10"
 MORE_96 = " --prompts_per_iteration 12 --responses_per_prompt 8 --minibatch 48"  # as many optimizer steps
 MORE_256 = " --prompts_per_iteration 32 --responses_per_prompt 8 --minibatch 128"
 ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32"
 EVAL = " --eval_problems 400 --eval_samples 1"
 LR, LR_RESTEM, LR_DPO = ("2e-5", "5e-5", "1e-4"), ("1e-4", "3e-4", "1e-3"), ("3e-5", "1e-4", "3e-4")
+LR_PPO = [f"{rate}{critic}" for critic in ("", " --critic_learning_rate 1e-3") for rate in ("1e-5", *LR)]
 METHODS = {  # name: (command, learning rates to search, number of seeds, whose search it uses)
     "vineppo-K9": (RL + EVAL + " --K 9", LR, 5, None),
     "vineppo-K3": (RL + EVAL + " --K 3", LR, 5, None),
     "vineppo-K1": (RL + EVAL + " --K 1", LR, 5, None),
-    "ppo": (RL + EVAL + " --algorithm ppo", [f"{lr}{c}" for c in ("", " --critic_learning_rate 1e-3") for lr in LR], 5, None),
+    "ppo": (RL + EVAL + " --algorithm ppo", LR_PPO, 5, None),
     "grpo": (RL + EVAL + " --algorithm grpo", LR, 5, None),
     "rloo": (RL + EVAL + " --algorithm rloo", LR, 5, None),
     "grpo-96": (RL + EVAL + MORE_96 + " --algorithm grpo", LR, 5, None),
@@ -59,7 +63,12 @@ METHODS = {  # name: (command, learning rates to search, number of seeds, whose 
 
 
 def load_results():
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    """{name: result} of the finished runs whose command is the one that is planned now."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    for _ in ("the search", "the seeds that count, at the rate that the search then chooses"):
+        commands = planned(results)
+        results = {name: result for name, result in results.items() if result["command"] == commands.get(name)}
+    return results
 
 
 def search_name(method, rate, seed):
@@ -81,7 +90,7 @@ def chosen_rate(method, results):
 
 
 def planned(results):
-    """{name: command} of the runs that have no result yet and whose learning rate is known, in the order to run them."""
+    """{name: command} of all runs whose learning rate is known by now, in the order to run them."""
     runs = {}
     for method, (command, rates, seeds, search) in METHODS.items():
         if search is None:
@@ -91,7 +100,7 @@ def planned(results):
         rate = chosen_rate(method, results)
         for seed in range(seeds) if rate else ():
             runs[f"{method}-s{seed}"] = f"{command} --learning_rate {rate} --seed {seed}"
-    return {name: command for name, command in runs.items() if name not in results}
+    return runs
 
 
 def execute(name, command):
@@ -130,8 +139,19 @@ def curve_of(folder):
 
 
 def run(only):
+    try:
+        wanted = re.compile(only)
+    except re.error as error:
+        sys.exit(f"compare.py: --only {only} is no regular expression: {error}")
+
+    def missing():
+        results = load_results()
+        return {name: command for name, command in planned(results).items() if name not in results and wanted.search(name)}
+
+    if not missing():
+        return print(f"nothing to run: every run of that name is in {RESULTS}")
     if not (MODEL / "model.safetensors").is_file():
-        sys.exit(f"compare.py: there is no SFT policy in {MODEL}: run `python sft.py --dataset arithmetic --out runs/sft` first")
+        sys.exit(f"compare.py: there is no SFT policy in {MODEL}: run `python sft.py --dataset arithmetic --out {MODEL}` first")
     start = hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()[:12]
     others = {result["start"] for result in load_results().values()} - {start}
     if others:
@@ -147,24 +167,24 @@ def run(only):
     context.set_forkserver_preload(["train", "rollout", "baselines.rounds", "sft"])
     cores = len(os.sched_getaffinity(0))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    running, failed = {}, set()  # running: process -> name
+    running, failed = {}, set()  # running: process -> (name, command)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("compare.py: stopped; the runs that had ended are kept"))
     while True:
-        for name, command in planned(load_results()).items():
-            if re.match(only, name) and name not in failed and name not in running.values() and len(running) < cores:
+        for name, command in missing().items():
+            if name not in failed and name not in [n for n, _ in running.values()] and len(running) < cores:
                 print(f"{time.strftime('%H:%M:%S')} {name}: {command}", flush=True)
                 process = context.Process(target=execute, args=(name, command), daemon=True)  # ends with this one
                 process.start()
-                running[process] = name
+                running[process] = name, command
         if not running:
             break
         ended = multiprocessing.connection.wait([process.sentinel for process in running])
         for process in [p for p in running if p.sentinel in ended]:
             process.join()
-            name = running.pop(process)
+            name, command = running.pop(process)
             if process.exitcode == 0:
                 settings = json.loads((RUNS / name / "settings.json").read_text())
-                result = dict(name=name, start=start, commit=commit, settings=settings, curve=curve_of(RUNS / name))
+                result = dict(name=name, command=command, start=start, commit=commit, settings=settings, curve=curve_of(RUNS / name))
                 draft = RESULTS / f"{name}.unfinished"
                 draft.write_text(json.dumps(result).replace('{"iteration"', '\n{"iteration"') + "\n")
                 draft.rename(RESULTS / f"{name}.json")
@@ -205,24 +225,27 @@ def seeds_of(method, results):
 
 
 def evaluations(curves):
-    """The seeds' evaluations together: [{name: mean}] with accuracy's interval, and reward and kl since the evaluation before.
+    """The seeds' evaluations together: [{name: mean}] with accuracy's interval, and the kl since the evaluation before.
 
-    seconds: the median iteration of all seeds times the iterations done, since other work on the machine slows some of them.
+    seconds: the iterations done times the median iteration of the fastest seed, since other work on the machine slows some of the runs. train:
+    the mean reward within five iterations of the evaluation, which is the accuracy on the problems drawn there.
     """
     points = []
-    pace = statistics.median(after["seconds"] - before["seconds"] for curve in curves for before, after in zip(curve, curve[1:]))
+    pace = min(statistics.median(after["seconds"] - before["seconds"] for before, after in zip(curve, curve[1:])) for curve in curves)
     for number in range(min(sum("accuracy" in line for line in curve) for curve in curves)):
         rows = []
         for curve in curves:
             places = [i for i, line in enumerate(curve) if "accuracy" in line]
             since = curve[places[number - 1] + 1 : places[number] + 1] if number else []
-            mean = {
-                k: statistics.mean(line[k] for line in since if k in line) for k in ("reward", "kl") if any(k in line for line in since)
-            }
+            near = [
+                line["reward"] for line in curve if "reward" in line and abs(line["iteration"] - curve[places[number]]["iteration"]) <= 5
+            ]
+            mean = {"kl": statistics.mean(line["kl"] for line in since)} if since and "kl" in since[0] else {}
+            mean |= {"train": statistics.mean(near)}
             rows.append(dict(gradient_steps=0) | curve[places[number]] | mean)
         accuracy, half = interval([row["accuracy"] for row in rows])
         point = {
-            k: statistics.mean(row[k] for row in rows) for k in ("gradient_steps", "tokens", "reward", "kl") if all(k in r for r in rows)
+            k: statistics.mean(row[k] for row in rows) for k in ("gradient_steps", "tokens", "train", "kl") if all(k in r for r in rows)
         }
         points.append(point | dict(accuracy=accuracy, half=half, seconds=pace * rows[0]["iteration"]))
     return points
@@ -230,6 +253,8 @@ def evaluations(curves):
 
 def reach(points, target, axis):
     """Where the mean accuracy first reaches the target, between the evaluations on a straight line; None if it never does."""
+    if points[0]["accuracy"] >= target:
+        return 0.0
     for before, after in zip(points, points[1:]):
         if before["accuracy"] < target <= after["accuracy"]:
             share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
@@ -269,9 +294,8 @@ def draw():
     figure, (train, kl, temperature) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for method, (text, style) in STYLE.items():
         points = methods.get(method, [])[1:]
-        if points:
-            train.plot([p["reward"] for p in points], [p["accuracy"] for p in points], label=text, marker="o", markersize=3, **style)
-        if points and "kl" in points[0]:
+        if points and "kl" in points[0]:  # not RestEM and DPO+
+            train.plot([p["train"] for p in points], [p["accuracy"] for p in points], label=text, marker="o", markersize=3, **style)
             kl.plot([p["kl"] for p in points], [p["accuracy"] for p in points], marker="o", markersize=3, **style)
     train.axline((0.5, 0.5), slope=1, color="#bbbbbb", linewidth=1)
     train.set(xlabel="accuracy on the training problems, as they are drawn", ylabel="held-out accuracy")
@@ -289,9 +313,9 @@ def draw():
 
     target = max((point["accuracy"] for point in methods.get("ppo", [])), default=None)
     lines = [
-        f"Mean over the seeds and its 95 % t interval. To PPO's best: where the mean curve first reaches {target:.3f}."
-        if target
-        else "Mean over the seeds and its 95 % t interval.",
+        "Accuracy on 400 held-out problems, mean over the seeds and its 95 % t interval. Best: the highest of a method's mean evaluations, a maximum"
+        " over noisy points. Seconds: the fastest seed's median iteration on one core, two runs side by side.",
+        f"To PPO's best: where the mean curve first reaches {target:.3f}." if target else "",
         "",
         "| method | learning rate | seeds | accuracy at the end | best | steps to PPO's best | tokens | seconds | tokens in all | seconds in all |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -300,7 +324,10 @@ def draw():
         end, best = points[-1], max(point["accuracy"] for point in points)
         cost = [reach(points, target, axis) if target else None for axis in ("gradient_steps", "tokens", "seconds")]
         text = STYLE[method][0] if method in STYLE else method
-        rate = chosen_rate(method, results).replace(" --critic_learning_rate ", ", critic ")
+        command = next(r["command"] for name, r in results.items() if re.fullmatch(rf"{method}-s\d+", name))
+        rate = re.search(r" --learning_rate (\S+)", command)[1]
+        critic = re.search(r" --critic_learning_rate (\S+)", command)
+        rate += f", critic {critic[1]}" if critic else ""
         lines.append(
             f"| {text} | {rate} | {len(seeds_of(method, results))} | {end['accuracy']:.3f} ± {end['half']:.3f} | {best:.3f} | "
             + " | ".join("never" if c is None else f"{c:,.0f}" for c in cost)

@@ -18,7 +18,7 @@ def result(accuracies, tokens=100, seconds=2.0):
     for i in range(1, 10 * (len(accuracies) - 1) + 1):
         line = {"iteration": i, "gradient_steps": 4 * i, "reward": i / 100, "kl": i / 10, "tokens": tokens * i, "seconds": seconds * i}
         curve.append(line | ({"accuracy": accuracies[i // 10]} if i % 10 == 0 else {}))
-    return dict(start="0", curve=curve)
+    return dict(start="0", curve=curve, command="")
 
 
 def test_every_planned_command_is_one_that_train_accepts():
@@ -41,8 +41,28 @@ def test_the_seeds_that_count_wait_for_the_search_and_use_the_best_rate():
     assert compare.chosen_rate("rloo", found) == compare.chosen_rate("rloo-T0.6", found) == best
     plan = compare.planned(found)
     assert all(plan[f"rloo-s{seed}"].endswith(f"--learning_rate {best} --seed {seed}") for seed in range(5))
-    assert not set(plan) & set(found) and "grpo-s0" not in plan
-    assert "rloo-s3" not in compare.planned(found | {"rloo-s3": result([0, 1])})
+    assert set(found) < set(plan) and "grpo-s0" not in plan
+
+
+def planned_results(curves):
+    """The curves as results of the commands that are planned for them; the search first, since the others follow from it."""
+    found = {}
+    for name in sorted(curves, key=lambda name: not name.startswith("search-")):
+        found[name] = curves[name] | dict(command=compare.planned(found).get(name, "an older one"))
+    return found
+
+
+def test_results_of_other_commands_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    curves = {compare.search_name("rloo", rate, seed): result([0, 0.5, 0.5]) for rate in compare.LR for seed in compare.SEARCH_SEEDS}
+    found = planned_results(curves | {"rloo-s0": result([0, 1]), "rloo-s1": result([0, 1]), "rloo-s9": result([0, 1])})
+    found["rloo-s1"]["command"] = found["rloo-s1"]["command"].replace(compare.LR[0], compare.LR[1])
+    for name, r in found.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(r))
+    assert set(compare.load_results()) == set(found) - {"rloo-s1", "rloo-s9"}
+    stale = compare.search_name("rloo", compare.LR[2], 100)
+    (tmp_path / f"{stale}.json").write_text(json.dumps(found[stale] | dict(command="an older one")))
+    assert set(compare.load_results()) == set(curves) - {stale}  # the search is not complete, so no rate is chosen
 
 
 def test_evaluations_over_seeds():
@@ -50,11 +70,12 @@ def test_evaluations_over_seeds():
     start, middle, end = compare.evaluations([first["curve"], second["curve"]])
     assert start["accuracy"] == pytest.approx(0.4) and start["half"] == 0 and start["tokens"] == 0
     assert middle["accuracy"] == pytest.approx(0.7) and middle["half"] == pytest.approx(12.71 * 0.1)  # t(1) s / sqrt(2)
-    assert middle["gradient_steps"] == 40 and middle["tokens"] == 1000 and middle["seconds"] == 30  # ten of the median iteration, 3
-    assert middle["reward"] == pytest.approx(statistics.mean(range(1, 11)) / 100)  # since the evaluation before
+    assert middle["gradient_steps"] == 40 and middle["tokens"] == 1000 and middle["seconds"] == 20  # ten iterations of the faster seed
+    assert middle["train"] == pytest.approx(statistics.mean(range(5, 16)) / 100) and end["train"] == pytest.approx(0.175)
     assert end["kl"] == pytest.approx(statistics.mean(range(11, 21)) / 10)
     points = [start, middle, end]
     assert compare.reach(points, 0.55, "tokens") == pytest.approx(500) and compare.reach(points, 0.71, "tokens") is None
+    assert compare.reach(points, 0.3, "tokens") == 0
 
 
 def test_pictures_and_table_come_from_the_results_alone(tmp_path, monkeypatch, capsys):
@@ -67,7 +88,7 @@ def test_pictures_and_table_come_from_the_results_alone(tmp_path, monkeypatch, c
     runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5], tokens=10) for seed in range(2)}  # not all of them have ended
     for method in ("vineppo-K9", "ppo"):
         runs |= {compare.search_name(method, rate, s): result([0, 0.5, 0.5]) for rate in compare.METHODS[method][1] for s in (100, 101)}
-    for name, r in runs.items():
+    for name, r in planned_results(runs).items():
         (folder / f"{name}.json").write_text(json.dumps(r))
     compare.draw()
     table = (folder.parent / "compare.md").read_text()
@@ -75,7 +96,7 @@ def test_pictures_and_table_come_from_the_results_alone(tmp_path, monkeypatch, c
     assert (
         "| VinePPO, K = 9 | 2e-5 | 5 | 0.620 ± 0.020 | 0.620 | 40 | 1,000 | 20 | 2,000 | 40 |" in table
     )  # reaches 0.5 at the first evaluation
-    assert "| PPO | 2e-5 | 2 | 0.500 ± 0.000 | 0.500 | 80 | 200 | 40 | 200 | 40 |" in table
+    assert "| PPO | 1e-5 | 2 | 0.500 ± 0.000 | 0.500 | 80 | 200 | 40 | 200 | 40 |" in table
     for picture in ("compare.png", "compare-more.png"):
         assert (folder.parent / picture).stat().st_size > 20_000
 
