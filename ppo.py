@@ -116,11 +116,12 @@ def init_distributed():
 
 
 def refuse(message):
-    """End the program with one line for its user, before the ranks have joined: rank 0 says it, the others leave torchrun the time to read it."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.exit(message)
-    time.sleep(30)
-    sys.exit(1)
+    """End the program with one line for its user, before the ranks have joined. Rank 0 says it, and torchrun ends the others; a rank whose
+    error is its own alone says it half a minute later.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)
+    sys.exit(message)
 
 
 def compute_dtype(device, bfloat16=None):

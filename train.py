@@ -151,35 +151,41 @@ def parse_settings(argv):
     return settings
 
 
+def need(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def check_ranges(s):
+    """Raise ValueError for a setting that is out of its range by itself. Also for the baselines' settings: names that they lack are passed over."""
+    positive = (
+        "prompts_per_iteration responses_per_prompt K max_valued_steps max_tokens minibatch micro_batch eval_problems eval_samples "
+        "max_sequences grader_workers rounds problems_per_round cap batch"
+    )
+    for names, fits, words in (
+        (positive, lambda v: v >= 1, "must be at least 1"),
+        ("eval_every save_every store_every clip kl_coef eval_temperature beta penalty", lambda v: v >= 0, "must not be negative"),
+        ("epochs temperature learning_rate critic_learning_rate", lambda v: v > 0, "must be above 0"),
+        ("gae_lambda gamma", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
+        ("top_p eval_top_p gpu_memory", lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
+    ):
+        for name in names.split():
+            value = getattr(s, name, None)
+            need(value is None or fits(value), f"--{name} {value} {words}")
+    need(s.eval_temperature > 0 or s.eval_samples == 1, "--eval_temperature 0 gives one and the same response: add --eval_samples 1")
+    need(s.max_tokens < s.max_sequence, f"--max_tokens {s.max_tokens} leaves no room for a prompt in --max_sequence {s.max_sequence}")
+
+
 def check(s, world):
     """Raise ValueError for settings that cannot work on `world` ranks, before anything is loaded."""
-
-    def need(condition, message):
-        if not condition:
-            raise ValueError(message)
-
-    for name in (
-        "prompts_per_iteration", "responses_per_prompt", "K", "max_valued_steps", "max_tokens", "minibatch", "micro_batch", "epochs",
-        "eval_problems", "eval_samples", "max_sequences", "grader_workers",
-    ):  # fmt: skip
-        need(getattr(s, name) is None or getattr(s, name) >= 1, f"--{name} {getattr(s, name)} must be at least 1")
-    for name in ("eval_every", "save_every", "store_every", "clip", "kl_coef", "eval_temperature"):
-        need(getattr(s, name) >= 0, f"--{name} {getattr(s, name)} must not be negative")
-    for name in ("temperature", "learning_rate", "critic_learning_rate"):
-        need(getattr(s, name) is None or getattr(s, name) > 0, f"--{name} {getattr(s, name)} must be above 0")
-    for name in ("gae_lambda", "gamma"):
-        need(0 <= getattr(s, name) <= 1, f"--{name} {getattr(s, name)} must be between 0 and 1")
+    check_ranges(s)
     credit.check(s.step_credit)
     need(
         s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"),
         f"--algorithm {s.algorithm} compares the responses to a problem: --responses_per_prompt {s.responses_per_prompt} must be at least 2",
     )
-    for name in ("top_p", "eval_top_p", "gpu_memory"):
-        need(0 < getattr(s, name) <= 1, f"--{name} {getattr(s, name)} must be above 0 and at most 1")
     need(s.eval_only or s.iterations >= 1, f"--iterations {s.iterations} trains nothing: take at least 1, or --eval_only to evaluate alone")
     need(not (s.eval_only and s.resume), "--eval_only and --resume exclude each other: name the checkpoint's folder with --model")
-    need(s.eval_temperature > 0 or s.eval_samples == 1, "--eval_temperature 0 gives one and the same response: add --eval_samples 1")
-    need(s.max_tokens < s.max_sequence, f"--max_tokens {s.max_tokens} leaves no room for a prompt in --max_sequence {s.max_sequence}")
     need(
         s.prompts_per_iteration % world == 0,
         f"--prompts_per_iteration {s.prompts_per_iteration} does not divide over {world} ranks: take a multiple of {world}",
@@ -488,6 +494,8 @@ def train_run(s, run, tokenizer, train, test, too_long):
         drawn = random.Random(s.seed * 1_000_003 + iteration).choices(train, k=s.prompts_per_iteration)  # with replacement, as the paper
         with phases("sample"):
             episodes = sample_responses(engine, grader, drawn[rank::world], s)
+        if critic:
+            engine.sleep()  # the network takes its turn on the GPU
         with phases("values"):
             vined = set_advantages(episodes)
         tokens = dict(sample=sum(len(e["response_ids"]) for e in episodes), values=vined["tokens"] if vined else 0)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
 
 import data
 import ppo
@@ -64,21 +64,7 @@ def main(method, doc, settings_class, train_round):
             if getattr(s, name, 0) is None and not (name == "model" and s.dataset not in train.DEFAULTS):
                 setattr(s, name, value)
         world = int(os.environ.get("WORLD_SIZE", 1))
-        for name in (
-            "rounds",
-            "responses_per_prompt",
-            "cap",
-            "batch",
-            "micro_batch",
-            "eval_samples",
-            "problems_per_round",
-            "eval_problems",
-        ):
-            if getattr(s, name) is not None and getattr(s, name) < 1:
-                raise ValueError(f"--{name} {getattr(s, name)} must be at least 1")
-        for name in ("temperature", "learning_rate", "epochs", "top_p", "eval_top_p"):
-            if getattr(s, name) <= 0:
-                raise ValueError(f"--{name} {getattr(s, name)} must be above 0")
+        train.check_ranges(s)
         if s.batch % world:
             raise ValueError(f"--batch {s.batch} does not divide over {world} ranks: take a multiple of {world}")
         run = Path(s.run_dir or f"runs/{Path(s.dataset).stem}-{method}")
@@ -86,11 +72,15 @@ def main(method, doc, settings_class, train_round):
             raise ValueError(f"--run_dir {run} holds a run already: name another folder")
         problems = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = train.load_tokenizer(s)
-        (training, _), (test, _) = [data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat) for p in problems]
+        if getattr(s, "base_model", None):
+            AutoConfig.from_pretrained(s.base_model)
+        (training, too_long), (test, test_too_long) = [data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat) for p in problems]
         if not training or not test:
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
     except (ValueError, OSError) as error:
-        ppo.refuse(f"{method}: {error}")
+        ppo.refuse(f"{method}: {str(error).splitlines()[0]}")
+    if too_long + test_too_long and os.environ.get("RANK", "0") == "0":
+        print(f"skipped {too_long + test_too_long} problems: their prompts are longer than --max_sequence - --max_tokens")
     train.guarded(lambda: _rounds(s, run, tokenizer, training, test[: s.eval_problems], train_round))
 
 

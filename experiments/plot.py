@@ -23,7 +23,9 @@ NOT_A_DIFFERENCE = ("run_dir", "resume", "report_to")
 
 def read(run):
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")
+        ]  # the last may be cut short
         return json.loads((run / "settings.json").read_text()), lines
     except (OSError, ValueError) as error:
         sys.exit(f"plot.py: {run} is no run folder of train.py (settings.json, metrics.jsonl): {error}")
@@ -64,7 +66,9 @@ def main():
         curve(reward, "reward")
         curve(kl, "kl")
         curve(entropy, "entropy")
-        responses = settings.get("prompts_per_iteration", 1) * settings.get("responses_per_prompt", 1)
+        responses = (settings.get("prompts_per_iteration") or settings.get("problems_per_round") or 1) * settings.get(
+            "responses_per_prompt", 1
+        )
         curve(length, "tokens_sample", 1 / responses)
         below = [0.0] * len(trained)
         for phase, shade in (("sample", 0.25), ("values", 0.5), ("train", 0.75), ("sync", 1.0)):
@@ -76,7 +80,7 @@ def main():
         if len(runs) > 1:
             seconds.plot([line["iteration"] for line in trained], below, label=text, **style)
     panels = {
-        accuracy: f"held-out accuracy, temperature {runs[0][0].get('eval_temperature', '?')}",
+        accuracy: "held-out accuracy",
         reward: "training reward",
         kl: "KL to the initial policy, nats per response",
         entropy: "entropy, nats per token",
@@ -92,7 +96,7 @@ def main():
         seconds.legend(loc="lower right")
         figure.suptitle(f"{runs[0][0].get('algorithm', '')} on {Path(runs[0][0]['dataset']).name}")
     else:
-        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     out = arguments.out or arguments.runs[0] / "curves.png"
     figure.savefig(out, dpi=110)
     print(f"wrote {out}" + "".join(f"\n  {run}: {text}" for run, text in zip(arguments.runs, texts)))

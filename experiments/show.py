@@ -119,9 +119,9 @@ article { border: 1px solid var(--line); border-radius: .4rem; margin: 1rem 0; p
 <h1></h1>
 <div class="bar">
  <label>Solutions <select id="which"><option value="all">all</option><option value="1">right</option><option value="0">wrong</option></select></label>
- <label>Order <select id="order"><option value="file">as sampled</option><option value="drop">largest drop first</option><option value="rise">largest rise first</option></select></label>
+ <label>Order <select id="order"><option value="file">as sampled</option><option value="drop">largest drop first (lowest advantage)</option><option value="rise">largest rise first</option></select></label>
  <span id="count"></span>
- <span class="legend"><span style="background:rgb(var(--down)/.45)">lowers the value</span> <span style="background:rgb(var(--up)/.45)">raises it</span>; underlined: the largest drop. Hover over a step, or tab to it.</span>
+ <span class="legend"><span style="background:rgb(var(--down)/.45)">negative advantage</span> <span style="background:rgb(var(--up)/.45)">positive</span>; underlined: the lowest of a solution. Hover over a step, or tab to it.</span>
 </div>
 <main></main><p id="more"></p><div id="tip" hidden></div>
 <script id="data" type="application/json">DATA</script>
@@ -133,8 +133,8 @@ document.title = title; document.querySelector("h1").textContent = title;
 const make = (tag, cls, text) => { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e; };
 const fixed = x => x === null ? "?" : x.toFixed(2);
 const signed = x => (x < 0 ? "\u2212" : "+") + Math.abs(x).toFixed(2);
-const largest = Math.max(1e-9, ...solutions.flatMap(s => s.steps.map(t => Math.abs(t.advantage))));
-const lowest = s => Math.min(0, ...s.steps.map(t => t.advantage)), highest = s => Math.max(0, ...s.steps.map(t => t.advantage));
+const largest = solutions.reduce((m, s) => s.steps.reduce((m, t) => Math.max(m, Math.abs(t.advantage)), m), 1e-9);
+const lowest = s => s.steps.reduce((m, t) => Math.min(m, t.advantage), 0), highest = s => s.steps.reduce((m, t) => Math.max(m, t.advantage), 0);
 function spread(step) {
   if (step.K === undefined || !step.K) return "";
   return ` \u00b1 ${Math.sqrt(step.value * (1 - step.value) / step.K).toFixed(2)} (${step.right} of ${step.K} rollouts right)`;
@@ -171,7 +171,7 @@ function card(s) {
     const lead = step.text.match(/^\s*/)[0], span = make("span", "step", step.text.slice(lead.length));
     if (step.value !== null) { solution.append(lead, make("span", "value", fixed(step.value))); } else solution.append(lead);
     span.style.background = `rgb(var(${step.advantage < 0 ? "--down" : "--up"}) / ${(0.6 * Math.abs(step.advantage) / largest).toFixed(3)})`;
-    if (worst < 0 && step.advantage === worst) span.classList.add("worst");
+    if (worst < 0 && step.advantage === worst && step.value !== null) span.classList.add("worst");
     span.tabIndex = 0;
     span.shown = {step, after: {step: s.steps[i + 1], reward: s.reward}};
     span.onmouseenter = e => { clearTimeout(leaving); show(e); }; span.onfocus = show; span.onmouseleave = span.onblur = hide;
@@ -191,7 +191,7 @@ function choose() {
   if ($("order").value === "drop") chosen.sort((a, b) => lowest(a) - lowest(b));
   if ($("order").value === "rise") chosen.sort((a, b) => highest(b) - highest(a));
   $("count").textContent = `${chosen.length} of ${solutions.length}`;
-  main.replaceChildren(); drawn = 0; more();
+  main.replaceChildren(); drawn = 0; more(); scrollTo(0, 0);
 }
 $("which").onchange = $("order").onchange = choose;
 new IntersectionObserver(seen => { if (seen[0].isIntersecting && drawn < chosen.length) more(); }, {rootMargin: "800px"}).observe($("more"));

@@ -12,7 +12,8 @@ States come from the checkpoint's own solutions of held-out problems, at the tem
     group mean               the share of right ones among 8 other solutions of the problem, for all its states alike
     constant                 the policy's accuracy
 
-It writes experiments/results/values/NAME.json for each checkpoint, and from these alone the pictures and the table.
+It writes experiments/results/values/NAME.json for each checkpoint, and from these alone the pictures and the table. Steps are the paper's, whatever
+--step_credit the run had.
 """
 
 import os
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -57,7 +59,7 @@ def estimates(rewards, truth_rollouts):
     """{truth, its standard error, K=1, ..} of a state from its rewards: the first truth_rollouts make the truth, the others the estimates."""
     truth, others = rewards[:truth_rollouts], rewards[truth_rollouts:]
     mean = statistics.mean(truth)
-    return dict(truth=mean, error=math.sqrt(mean * (1 - mean) / len(truth))) | {f"K={k}": statistics.mean(others[:k]) for k in KS}
+    return dict(truth=mean, error=math.sqrt(mean * (1 - mean) / (len(truth) - 1))) | {f"K={k}": statistics.mean(others[:k]) for k in KS}
 
 
 def network_values(critic, states):
@@ -82,7 +84,7 @@ def measure_states(engine, grader, critic, batch, s, a):
     """One row per state of one solution to each of this rank's problems."""
     import train
 
-    s.responses_per_prompt = 1 + GROUP
+    s = dataclasses.replace(s, responses_per_prompt=1 + GROUP)
     everything = sample_solutions(engine, grader, batch, s)
     rows, states, answers = [], [], []
     for i in range(0, len(everything), 1 + GROUP):
@@ -108,7 +110,7 @@ def measure_ranking(engine, grader, critic, batch, s, a):
     import train
     import vine
 
-    s.responses_per_prompt = 1
+    s = dataclasses.replace(s, responses_per_prompt=1)
     rng, states, answers, owners = random.Random(a.seed), [], [], []
     solutions = [e for e in sample_solutions(engine, grader, batch, s) if len(e["boundaries"]) > 3]
     starts = [(e, e["response_ids"][: rng.choice(e["boundaries"][:-2])]) for e in solutions]
@@ -143,10 +145,11 @@ def measure_ranking(engine, grader, critic, batch, s, a):
     return train.over_ranks(list(by_state.values()))
 
 
-def measure_gradient(engine, grader, model, critic, problems, s, a, prompts=4, responses=4):
+def measure_gradient(engine, grader, model, critic, problems, s, a, prompts, responses=4):
     """|g|^2 of each unbiased estimator on independent batches of prompts x responses, the same responses for all: [{name: |g|^2}].
 
-    g is the gradient of -1/N sum_i sum_t A_t log pi(token t): no whitening, no clipping, no KL, so that all estimators have the same mean.
+    g is the gradient of -1/N sum_i sum_t A_t log pi(token t): no whitening, no clipping, no KL, no nucleus, so that all estimators have the same
+    mean. (Nearly: a step's boundary may depend on what follows it, as that of "#### n" does, and a state's value is then no pure baseline.)
     """
     import torch
     import torch.distributed as dist
@@ -155,9 +158,8 @@ def measure_gradient(engine, grader, model, critic, problems, s, a, prompts=4, r
     import vine
     from baselines import groups
 
-    s.responses_per_prompt = responses
     rank, world, out = dist.get_rank(), dist.get_world_size(), []
-    prompts = max(prompts, world)
+    s = dataclasses.replace(s, responses_per_prompt=responses, top_p=1.0)
     for number in range(a.batches):
         drawn = random.Random(a.seed * 1_000_003 + number).choices(problems, k=prompts)[rank::world]
         episodes = sample_solutions(engine, grader, drawn, s)
@@ -204,7 +206,7 @@ def measure(a):
     from rollout import Engine
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    engine, grader = None, Grader()
+    engine, grader, prompts = None, Grader(), -(-4 // world) * world  # per batch: 4, or the next multiple of the number of ranks
     for path in a.checkpoints:
         run = path.parent.parent
         s = train.Settings(**json.loads((run / "settings.json").read_text()))
@@ -224,17 +226,20 @@ def measure(a):
                 path, device, total_steps=1, learning_rate=1e-9, minibatch=world, micro_batch=s.micro_batch, bfloat16=s.bfloat16
             )
             critic.load(path / "state" / "critic")
+        elif s.algorithm == "ppo" and rank == 0:
+            print(f"{path} has no state/critic (only the newest checkpoint keeps it): its value network is left out", flush=True)
         engine.load_weights(ppo.full_tensors(model))
+        if len(test) < a.problems + a.ranked:
+            raise ValueError(f"--problems {a.problems} and --ranked {a.ranked} need as many test problems; {s.dataset} has {len(test)}")
         mine = test[: a.problems][rank::world]
         states = measure_states(engine, grader, critic, mine, s, a)
         ranking = measure_ranking(engine, grader, critic, test[a.problems : a.problems + a.ranked][rank::world], s, a)
-        gradient = measure_gradient(engine, grader, model, critic, training, s, a)
+        gradient = measure_gradient(engine, grader, model, critic, training, s, a, prompts)
         if rank == 0:
             a.results.mkdir(parents=True, exist_ok=True)
             name = f"{run.name}-{path.name}"
-            result = dict(
-                checkpoint=str(path), truth_rollouts=a.truth_rollouts, seed=a.seed, states=states, ranking=ranking, gradient=gradient
-            )
+            measured = dict(checkpoint=str(path), responses=4 * prompts) | {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
+            result = dict(measured=measured, settings=dataclasses.asdict(s), states=states, ranking=ranking, gradient=gradient)
             content = json.dumps(rounded(result)).replace('{"position"', '\n{"position"').replace('{"K=1"', '\n{"K=1"')
             (a.results / f"{name}.json").write_text(content + "\n")
             print(f"{name}: {len(states)} states, {len(ranking)} ranked, {len(gradient)} gradients", flush=True)
@@ -307,13 +312,14 @@ def mean_and_error(values):
 
 
 def ratio_and_error(above, below, rng, draws=400):
-    """mean(above) / mean(below) of paired values, and its standard error by resampling the pairs; nan where below is 0."""
-    if not all(below):
+    """mean(above) / mean(below) of paired values, and its standard error by resampling the pairs; nan where all of below is 0."""
+    if not sum(below):
         return float("nan"), float("nan")
     resampled = []
     for _ in range(draws):
         chosen = rng.choices(range(len(above)), k=len(above))
-        resampled.append(sum(above[i] for i in chosen) / sum(below[i] for i in chosen))
+        if total := sum(below[i] for i in chosen):
+            resampled.append(sum(above[i] for i in chosen) / total)
     return sum(above) / sum(below), statistics.stdev(resampled)
 
 
@@ -387,9 +393,10 @@ def draw(folder):
         text += [
             f"## {name}",
             "",
-            f"{len(rows)} states, {r['truth_rollouts']} rollouts each for the truth; its own noise alone gives a mean absolute error of {floor:.3f}. Ranking: "
+            f"{len(rows)} states, {r['measured']['truth_rollouts']} rollouts each for the truth; its own noise alone gives a mean absolute error of {floor:.3f}. Ranking: "
             f"{chance['number_of_pairs']} of {sum(len(g) * (len(g) - 1) // 2 for g in ranked)} pairs of next steps differ by more than twice their "
-            f"error, in {chance['number_of_states']} of {len(ranked)} states.",
+            f"error, in {chance['number_of_states']} of {len(ranked)} states; they were sampled at temperature "
+            f"{r['measured'].get('next_step_temperature', r['settings']['temperature'])}.",
             "",
             "| estimate | mean abs. error | bias | correlation | explained variance | without the truth's noise | pairs ranked | best step |",
             "|---|---|---|---|---|---|---|---|",
@@ -403,9 +410,20 @@ def draw(folder):
             )
         if chance["number_of_pairs"]:
             text.append(f"| chance | | | | | | {chance['pairs']:.2f} | {chance['top1']:.2f} |")
+        fifths = [[row for row in rows if int(row["position"] * BINS) == b] for b in range(BINS)]
         text += [
             "",
-            f"Second moment of the gradient, {len(batches)} batches of 16 responses:",
+            f"By fifths of the solution ({', '.join(str(len(f)) for f in fifths)} states): bias; correlation; explained variance.",
+            "",
+        ]
+        text += ["| estimate |" + " | ".join(f"{b}/{BINS}" for b in range(1, BINS + 1)) + " |", "|---|" + "---|" * BINS]
+        for e in present:
+            parts = [accuracy_of(f, e) if len(f) > 1 else None for f in fifths]
+            cells = [f"{m['bias']:+.2f}; {m['correlation']:.2f}; {m['explained']:.2f}" if m else "" for m in parts]
+            text.append(f"| {e} | {' | '.join(cells)} |")
+        text += [
+            "",
+            f"Second moment of the gradient, {len(batches)} batches of {r['measured']['responses']} responses, ± one standard error:",
             "",
             "| advantages | E\\|g\\|^2 | ratio to K = 9 | largest batch's share |",
             "|---|---|---|---|",
@@ -438,14 +456,20 @@ def main():
         import ppo
 
         missing = [p for p in a.checkpoints if not ((p / "config.json").is_file() and (p.parent.parent / "settings.json").is_file())]
-        small = min(a.truth_rollouts, a.problems, a.ranked) < 1 or a.batches < 2
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        small = min(a.problems, a.ranked) < world or min(a.batches, a.truth_rollouts) < 2
+        engines = {
+            tuple(json.loads((p.parent.parent / "settings.json").read_text())[k] for k in ("dataset", "stop", "max_sequence", "chat"))
+            for p in (a.checkpoints if not missing else ())
+        }
         if missing or small or not a.checkpoints:
             what = (
-                f"{missing[0]} is no RUN/checkpoints/N of train.py"
-                if missing
-                else "name RUN/checkpoints/N folders; all numbers must be positive"
+                "name RUN/checkpoints/N folders; at least 2 batches and truth rollouts, and as many problems and ranked as there are ranks"
             )
+            what = f"{missing[0]} is no RUN/checkpoints/N of train.py" if missing else what
             ppo.refuse(f"values.py: {what}")
+        if len(engines) > 1:
+            ppo.refuse("values.py: the runs differ in dataset, stop, max_sequence or chat: measure them one by one, into one --results")
         import train
 
         train.guarded(lambda: measure(a))

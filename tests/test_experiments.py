@@ -162,7 +162,7 @@ def test_estimates_never_use_the_rollouts_of_the_truth():
     row = values.estimates([1.0] * 4 + [0.0] * 9, truth_rollouts=4)
     assert row == {"truth": 1.0, "error": 0.0, "K=1": 0.0, "K=3": 0.0, "K=9": 0.0}
     row = values.estimates([1.0, 0.0, 0.0, 0.0] + [1.0] + [0.0] * 8, truth_rollouts=4)
-    assert row["truth"] == 0.25 and row["error"] == pytest.approx((0.25 * 0.75 / 4) ** 0.5)
+    assert row["truth"] == 0.25 and row["error"] == pytest.approx((0.25 * 0.75 / 3) ** 0.5)  # unbiased
     assert (row["K=1"], row["K=3"], row["K=9"]) == (1.0, pytest.approx(1 / 3), pytest.approx(1 / 9))
 
 
