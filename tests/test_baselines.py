@@ -3,6 +3,7 @@
 import json
 import random
 import statistics
+import sys
 
 import pytest
 import torch
@@ -226,6 +227,33 @@ def test_a_dpo_round_widens_the_margin_and_matches_plain_log_probabilities(tiny_
         assert margin(lambda e: dpo.response_logprobs(model, [e], device).item()) > before + 1
 
 
+def trained(model, device, rank=0, world=1):
+    """The weights after an update of the critic, a round of DPO+ and a round of RestEM, by this rank's share of the work: [{name: tensor}]."""
+    share = episodes_for_the_critic()[rank::world]
+    network = critic.Critic(model, device, total_steps=4, learning_rate=1e-2, minibatch=4, micro_batch=1, epochs=2)
+    with torch.no_grad():
+        network.model.score.weight.add_(0.01)
+    for _ in range(2):
+        network.set_advantages(share)
+        network.update(share)
+    policies = [network.model]
+    episodes = [graded(p, chr(7 + k) * (2 + k), float(k % 2)) for p in range(3, 11) for k in range(4)]
+    for module in (dpo, restem):
+        s = module.Settings(model=model, learning_rate=1e-2, batch=4, micro_batch=1, epochs=1.0, cap=2, activation_checkpointing=False)
+        policies.append(module.train_round(s, episodes, None, device)[0])
+    return [{name: tensor.clone() for name, tensor in ppo.full_tensors(policy)} for policy in policies]
+
+
+def test_two_ranks_train_the_baselines_as_one_does(tiny_model, device, tmp_path):
+    done = torchrun(2, __file__, tiny_model, tmp_path / "two.pt")
+    assert done.returncode == 0, done.stderr
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    for got, expected in zip(torch.load(tmp_path / "two.pt"), trained(tiny_model, device), strict=True):
+        for name, tensor in expected.items():
+            change = (tensor - start.get(name, 0.0)).norm()
+            assert change > 1e-3 and (got[name] - tensor).norm() < 1e-2 * change, name
+
+
 # --- whole loops on a problem that is learnt in seconds: a response is right if it begins with 7 ------------------------------------
 
 
@@ -318,3 +346,11 @@ def test_rounds_on_two_ranks_go_through_where_nothing_is_right(method, tmp_path,
 def test_bad_input_is_said_by_rank_0_before_torchrun_ends_it(tmp_path):
     done = torchrun(2, "-m", "baselines.dpo", "--batch", 3, "--run_dir", tmp_path)
     assert done.returncode != 0 and "dpo: --batch 3 does not divide over 2 ranks: take a multiple of 2" in done.stderr
+
+
+if __name__ == "__main__":  # one rank of test_two_ranks_train_the_baselines_as_one_does
+    joined = ppo.init_distributed()
+    weights = trained(sys.argv[1], joined, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    if torch.distributed.get_rank() == 0:
+        torch.save(weights, sys.argv[2])
+    torch.distributed.destroy_process_group()
