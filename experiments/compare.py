@@ -299,7 +299,7 @@ def draw():
             kl.plot([p["kl"] for p in points], [p["accuracy"] for p in points], marker="o", markersize=3, **style)
     train.axline((0.5, 0.5), slope=1, color="#bbbbbb", linewidth=1)
     train.set(xlabel="accuracy on the training problems, as they are drawn", ylabel="held-out accuracy")
-    kl.set(xlabel="KL to the SFT policy, nats per response", ylabel="held-out accuracy", xscale="log")
+    kl.set(xlabel="KL to the SFT policy, nats per response", ylabel="held-out accuracy")
     for base in ("vineppo-K3", "rloo"):
         found = [(t, methods[name][-1]) for t, name in ((0.6, f"{base}-T0.6"), (1.0, base), (1.2, f"{base}-T1.2")) if name in methods]
         if found:
