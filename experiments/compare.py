@@ -207,8 +207,8 @@ STYLE = {  # colours that the colour-blind can tell apart (Okabe and Ito); the c
     "rloo": ("RLOO", dict(color="#d55e00")),
     "grpo-96": ("GRPO, 96 responses", dict(color="#009e73", linestyle="--")),
     "rloo-96": ("RLOO, 96 responses", dict(color="#d55e00", linestyle="--")),
-    "grpo-256": ("GRPO, 256 responses", dict(color="#009e73", linestyle=":")),
-    "rloo-256": ("RLOO, 256 responses", dict(color="#d55e00", linestyle=":")),
+    "grpo-256": ("GRPO, 256 responses (2 seeds)", dict(color="#009e73", linestyle=":")),
+    "rloo-256": ("RLOO, 256 responses (2 seeds)", dict(color="#d55e00", linestyle=":")),
     "restem": ("RestEM", dict(color="#cc79a7")),
     "dpo": ("DPO+", dict(color="#999999")),
 }
@@ -284,6 +284,7 @@ def draw():
             for points in [methods[method]] if method in methods else []:
                 points = points if scale == "linear" else points[1:]
                 x, y, half = ([point[k] for point in points] for k in (name, "accuracy", "half"))
+                half = half if len(seeds_of(method, results)) > 2 else None  # two seeds' intervals would fill the picture
                 axis.errorbar(x, y, half, label=text, marker="o", markersize=3, capsize=2, elinewidth=0.7, **style)
         axis.set(xlabel=label, xscale=scale)
         axis.grid(alpha=0.3)
