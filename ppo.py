@@ -138,10 +138,9 @@ def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activat
     """
     compute = compute_dtype(device, bfloat16)
     config = AutoConfig.from_pretrained(path)
-    off = {
-        name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))
-    }  # old and new log-probabilities: one and the same policy
-    for name, value in (off | options).items():
+    # without dropout: the old and the new log-probabilities must be of one and the same policy
+    no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))}
+    for name, value in (no_dropout | options).items():
         setattr(config, name, value)
     dtype = "auto" if trainable else compute
     model = architecture.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
@@ -154,10 +153,8 @@ def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activat
         offload_policy=CPUOffloadPolicy() if device.type == "cuda" and not trainable else OffloadPolicy(),
     )
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-    for module in [
-        *layers,
-        model,
-    ]:  # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
+    for module in (*layers, model):
+        # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
         fully_shard(module.float() if trainable else module, **sharding)
     return model
 
@@ -224,13 +221,14 @@ def minibatches(num_episodes, size, epochs, seed):
         yield from torch.randperm(num_episodes, generator=torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)).split(size)
 
 
-def sizes(batch, rows):
+def count_over_ranks(batch, rows):
     """(action tokens, responses) of a minibatch over all ranks."""
     counts = torch.tensor([float(batch["action_mask"][rows].sum()), float(len(rows))], device=batch["action_mask"].device)
     return sum_over_ranks(counts).tolist()
 
 
 def save_state(folder, model, optimizer, step):
+    """Write a sharded model, its optimizer and the number of its steps with torch.distributed.checkpoint; all ranks call it."""
     model, optimizer = get_state_dict(model, optimizer)
     dcp.save({"model": model, "optimizer": optimizer, "step": step}, checkpoint_id=folder)
 
@@ -275,7 +273,8 @@ class Trainer:
 
         episodes: dicts with prompt_ids, response_ids (lists of ids), advantages (one per response id, not yet whitened) and, for the
         logprob_gap metric, engine_logprobs (one per response id at temperature 1). Returns metrics over all ranks: means over the
-        minibatches of what ppo_loss and the optimizer report, and those of the episodes (entropy, kl, logprob_gap) before the update.
+        minibatches of what ppo_loss and the optimizer report, and those of the episodes (entropy, kl, logprob_gap) before the update;
+        skipped_steps of this update, gradient_steps of all so far.
         """
         batch = collate(episodes, ["advantages", "engine_logprobs"], self.device)
         if self.whiten_advantages:
@@ -291,7 +290,7 @@ class Trainer:
     def _optimizer_step(self, batch, rows):
         """One gradient step on the episodes `rows` of this rank and the other ranks' shares."""
         lr = learning_rate(self.step, self.total_steps, self.peak)
-        num_tokens, num_responses = sizes(batch, rows)
+        num_tokens, num_responses = count_over_ranks(batch, rows)
         self.optimizer.zero_grad()
         sums = None
         for micro in rows.split(self.micro_batch):

@@ -246,13 +246,13 @@ def sample_responses(engine, grader, batch, s):
     completions = engine.generate([ids for _, ids in batch], s.responses_per_prompt, s.max_tokens, s.temperature, s.top_p, logprobs=True)
     episodes = [
         dict(
+            prompt=problem.prompt,
+            answer=problem.answer,
             prompt_ids=ids,
             response_ids=c.token_ids,
-            engine_logprobs=c.logprobs,
             finished=c.finished,
-            answer=problem.answer,
-            prompt=problem.prompt,
-        )
+            engine_logprobs=c.logprobs,
+        )  # fmt: skip
         for (problem, ids), group in zip(batch, completions)
         for c in group
     ]

@@ -81,7 +81,7 @@ class Critic:
         batch = ppo.collate(episodes, ["values", "returns"], self.device)
         losses, norms = [], []
         for rows in ppo.minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):
-            num_tokens, _ = ppo.sizes(batch, rows)
+            num_tokens, _ = ppo.count_over_ranks(batch, rows)
             self.optimizer.zero_grad()
             total = torch.zeros((), device=self.device)
             for micro in rows.split(self.micro_batch):

@@ -55,6 +55,7 @@ def response_logprobs(model, episodes, device):
 
 
 def train_round(s, episodes, policy, device):
+    """One round, as rounds.main wants it: the policy that sampled the episodes, trained on their pairs."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = policy or ppo.load_sharded(s.model, device, True, s.bfloat16, s.activation_checkpointing)
     pairs = pairs_of(episodes, s.cap, s.seed)

@@ -35,6 +35,7 @@ def right_responses(episodes, cap, seed):
 
 
 def train_round(s, episodes, policy, device):
+    """One round, as rounds.main wants it: the base model, fine-tuned on the right ones of all ranks' episodes."""
     rows = right_responses(episodes, s.cap, s.seed)
     model = ppo.load_sharded(s.base_model or s.model, device, True, s.bfloat16, s.activation_checkpointing)
     if len(rows) < dist.get_world_size():

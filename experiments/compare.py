@@ -6,7 +6,7 @@
 
 `make compare` does both, after sft.py. A finished run leaves experiments/results/compare/NAME.json: its curve, command, settings, and the commit
 that made it; a result counts only as long as its command is the planned one. First comes a search for each method's learning rate, on two seeds of
-its own: three values a factor of two to three apart, one more below for PPO, whose best was the lowest (each with the critic at the same rate and at 1e-3).
+its own: three values, each two to three times the one before, one more below for PPO, whose best was the lowest (each with the critic at the same rate and at 1e-3).
 Then come the seeds that count. All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8 responses with them, 40
 times, and differ in nothing but the advantages. The controls give GRPO and RLOO more responses for as many optimizer steps: 96 per iteration cost
 about the seconds of VinePPO's K = 9 and the generated tokens of K = 3, 256 the tokens of K = 9. Sampling is at temperature 1, but for the runs named

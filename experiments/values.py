@@ -80,7 +80,7 @@ def sample_solutions(engine, grader, batch, s):
     return episodes
 
 
-def measure_states(engine, grader, critic, batch, s, a):
+def measure_states(engine, grader, critic, batch, s, arguments):
     """One row per state of one solution to each of this rank's problems."""
     import train
 
@@ -93,8 +93,8 @@ def measure_states(engine, grader, critic, batch, s, a):
             states.append((e["prompt_ids"], e["response_ids"][:cut]))
             answers.append(e["answer"])
             rows.append({"position": t / (len(e["boundaries"]) - 1), "group mean": statistics.mean(o["reward"] for o in others)})
-    for row, rewards in zip(rows, rewards_from(engine, grader, states, answers, a.truth_rollouts + max(KS), s)):
-        row |= estimates(rewards, a.truth_rollouts)
+    for row, rewards in zip(rows, rewards_from(engine, grader, states, answers, arguments.truth_rollouts + max(KS), s)):
+        row |= estimates(rewards, arguments.truth_rollouts)
     if critic:
         most = max(train.over_ranks([len(states)]))
         padded = states + [states[0]] * (most - len(states))  # FSDP: as many passes on every rank
@@ -105,18 +105,18 @@ def measure_states(engine, grader, critic, batch, s, a):
     return [row | {"constant": accuracy} for row in rows]
 
 
-def measure_ranking(engine, grader, critic, batch, s, a):
+def measure_ranking(engine, grader, critic, batch, s, arguments):
     """For states at random places of solutions: the value after each of 3 to 5 distinct next steps, true and estimated."""
     import train
     import vine
 
     s = dataclasses.replace(s, responses_per_prompt=1)
-    rng, states, answers, owners = random.Random(a.seed), [], [], []
+    rng, states, answers, owners = random.Random(arguments.seed), [], [], []
     solutions = [e for e in sample_solutions(engine, grader, batch, s) if len(e["boundaries"]) > 3]
     starts = [(e, e["response_ids"][: rng.choice(e["boundaries"][:-2])]) for e in solutions]
     limits = [s.max_tokens - len(prefix) for _, prefix in starts]
     groups = engine.generate(
-        [e["prompt_ids"] + prefix for e, prefix in starts], TRIES, limits, a.next_step_temperature or s.temperature, s.top_p
+        [e["prompt_ids"] + prefix for e, prefix in starts], TRIES, limits, arguments.next_step_temperature or s.temperature, s.top_p
     )
     for number, ((e, prefix), group) in enumerate(zip(starts, groups)):
         nexts = {}
@@ -132,8 +132,8 @@ def measure_ranking(engine, grader, critic, batch, s, a):
                 answers.append(e["answer"])
                 owners.append(number)
     rows = [dict(state=owner) for owner in owners]
-    for row, rewards in zip(rows, rewards_from(engine, grader, states, answers, a.truth_rollouts + max(KS), s)):
-        row |= estimates(rewards, a.truth_rollouts)
+    for row, rewards in zip(rows, rewards_from(engine, grader, states, answers, arguments.truth_rollouts + max(KS), s)):
+        row |= estimates(rewards, arguments.truth_rollouts)
     if critic:
         most = max(1, *train.over_ranks([len(states)]))
         padded = states + [(batch[0][1], [])] * (most - len(states))
@@ -145,7 +145,7 @@ def measure_ranking(engine, grader, critic, batch, s, a):
     return train.over_ranks(list(by_state.values()))
 
 
-def measure_gradient(engine, grader, model, critic, problems, s, a, prompts, responses=4):
+def measure_gradient(engine, grader, model, critic, problems, s, arguments, prompts, responses=4):
     """|g|^2 of each unbiased estimator on independent batches of prompts x responses, the same responses for all: [{name: |g|^2}].
 
     g is the gradient of -1/N sum_i sum_t A_t log pi(token t): no whitening, no clipping, no KL, no nucleus, so that all estimators have the same
@@ -160,8 +160,8 @@ def measure_gradient(engine, grader, model, critic, problems, s, a, prompts, res
 
     rank, world, out = dist.get_rank(), dist.get_world_size(), []
     s = dataclasses.replace(s, responses_per_prompt=responses, top_p=1.0)
-    for number in range(a.batches):
-        drawn = random.Random(a.seed * 1_000_003 + number).choices(problems, k=prompts)[rank::world]
+    for number in range(arguments.batches):
+        drawn = random.Random(arguments.seed * 1_000_003 + number).choices(problems, k=prompts)[rank::world]
         episodes = sample_solutions(engine, grader, drawn, s)
         states, indices = vine.distinct_states(*zip(*[(e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]))
         answers = {i: e["answer"] for e, row in zip(episodes, indices) for i in row}
@@ -192,7 +192,7 @@ def measure_gradient(engine, grader, model, critic, problems, s, a, prompts, res
     return out
 
 
-def measure(a):
+def measure(arguments):
     import torch.distributed as dist
     from transformers import AutoTokenizer
 
@@ -207,7 +207,7 @@ def measure(a):
 
     rank, world = dist.get_rank(), dist.get_world_size()
     engine, grader, prompts = None, Grader(), -(-4 // world) * world  # per batch: 4, or the next multiple of the number of ranks
-    for path in a.checkpoints:
+    for path in arguments.checkpoints:
         run = path.parent.parent
         s = train.Settings(**json.loads((run / "settings.json").read_text()))
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -216,7 +216,7 @@ def measure(a):
         )
         if engine is None:
             engine = Engine(
-                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=a.seed * world + rank,
+                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=arguments.seed * world + rank,
                 bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
             )  # fmt: skip
         engine.sleep()
@@ -229,19 +229,25 @@ def measure(a):
         elif s.algorithm == "ppo" and rank == 0:
             print(f"{path} has no state/critic (only the newest checkpoint keeps it): its value network is left out", flush=True)
         engine.load_weights(ppo.full_tensors(model))
-        if len(test) < a.problems + a.ranked:
-            raise ValueError(f"--problems {a.problems} and --ranked {a.ranked} need as many test problems; {s.dataset} has {len(test)}")
-        mine = test[: a.problems][rank::world]
-        states = measure_states(engine, grader, critic, mine, s, a)
-        ranking = measure_ranking(engine, grader, critic, test[a.problems : a.problems + a.ranked][rank::world], s, a)
-        gradient = measure_gradient(engine, grader, model, critic, training, s, a, prompts)
+        if len(test) < arguments.problems + arguments.ranked:
+            raise ValueError(
+                f"--problems {arguments.problems} and --ranked {arguments.ranked} need as many test problems; {s.dataset} has {len(test)}"
+            )
+        mine = test[: arguments.problems][rank::world]
+        states = measure_states(engine, grader, critic, mine, s, arguments)
+        ranking = measure_ranking(
+            engine, grader, critic, test[arguments.problems : arguments.problems + arguments.ranked][rank::world], s, arguments
+        )
+        gradient = measure_gradient(engine, grader, model, critic, training, s, arguments, prompts)
         if rank == 0:
-            a.results.mkdir(parents=True, exist_ok=True)
+            arguments.results.mkdir(parents=True, exist_ok=True)
             name = f"{run.name}-{path.name}"
-            measured = dict(checkpoint=str(path), responses=4 * prompts) | {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
+            measured = dict(checkpoint=str(path), responses=4 * prompts) | {
+                k: v for k, v in vars(arguments).items() if isinstance(v, int | float)
+            }
             result = dict(measured=measured, settings=dataclasses.asdict(s), states=states, ranking=ranking, gradient=gradient)
             content = json.dumps(rounded(result)).replace('{"position"', '\n{"position"').replace('{"K=1"', '\n{"K=1"')
-            (a.results / f"{name}.json").write_text(content + "\n")
+            (arguments.results / f"{name}.json").write_text(content + "\n")
             print(f"{name}: {len(states)} states, {len(ranking)} ranked, {len(gradient)} gradients", flush=True)
     train.shut_down(engine, grader)
 
@@ -447,22 +453,29 @@ def main():
     parser.add_argument(
         "--next_step_temperature", type=float, help="at which they are sampled; default: the training's, where few may differ"
     )
-    parser.add_argument("--batches", type=int, default=40, help="batches of 4 problems x 4 responses whose gradients are measured")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=40,
+        help="batches of 4 problems (or the next multiple of the ranks) x 4 responses whose gradients are measured",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results; the pictures and the table go beside it")
     parser.add_argument("--draw", action="store_true", help="pictures and tables from the results that are there")
-    a = parser.parse_args()
-    if not a.draw:
+    arguments = parser.parse_args()
+    if not arguments.draw:
         import ppo
 
-        missing = [p for p in a.checkpoints if not ((p / "config.json").is_file() and (p.parent.parent / "settings.json").is_file())]
+        missing = [
+            p for p in arguments.checkpoints if not ((p / "config.json").is_file() and (p.parent.parent / "settings.json").is_file())
+        ]
         world = int(os.environ.get("WORLD_SIZE", 1))
-        small = min(a.problems, a.ranked) < world or min(a.batches, a.truth_rollouts) < 2
+        small = min(arguments.problems, arguments.ranked) < world or min(arguments.batches, arguments.truth_rollouts) < 2
         engines = {
             tuple(json.loads((p.parent.parent / "settings.json").read_text())[k] for k in ("dataset", "stop", "max_sequence", "chat"))
-            for p in (a.checkpoints if not missing else ())
+            for p in (arguments.checkpoints if not missing else ())
         }
-        if missing or small or not a.checkpoints:
+        if missing or small or not arguments.checkpoints:
             what = (
                 "name RUN/checkpoints/N folders; at least 2 batches and truth rollouts, and as many problems and ranked as there are ranks"
             )
@@ -472,9 +485,9 @@ def main():
             ppo.refuse("values.py: the runs differ in dataset, stop, max_sequence or chat: measure them one by one, into one --results")
         import train
 
-        train.guarded(lambda: measure(a))
+        train.guarded(lambda: measure(arguments))
     if os.environ.get("RANK", "0") == "0":
-        draw(a.results)
+        draw(arguments.results)
 
 
 if __name__ == "__main__":
