@@ -97,6 +97,7 @@ class Settings:
     eval_temperature: float | None = setting(None, "sampling temperature of evaluations")
     eval_top_p: float | None = setting(None, "nucleus of evaluations")
     save_every: int | None = setting(None, "iterations between checkpoints; 0: only the final model")
+    keep_checkpoints: int = setting(2, "the newest so many stay, each with the state to resume from; 0: all")
     store_every: int | None = setting(None, "iterations between stored responses and rollouts, for experiments/show.py; 0: never")
     report_to: str = setting("none", "also send the metrics to", ["none", "tensorboard", "wandb"])
     # the machine
@@ -164,7 +165,11 @@ def check_ranges(s):
     )
     for names, fits, words in (
         (positive, lambda v: v >= 1, "must be at least 1"),
-        ("eval_every save_every store_every clip kl_coef eval_temperature beta penalty", lambda v: v >= 0, "must not be negative"),
+        (
+            "eval_every save_every store_every keep_checkpoints clip kl_coef eval_temperature beta penalty",
+            lambda v: v >= 0,
+            "must not be negative",
+        ),
         ("epochs temperature learning_rate critic_learning_rate", lambda v: v > 0, "must be above 0"),
         ("gae_lambda gamma", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
         ("top_p eval_top_p gpu_memory", lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
@@ -232,7 +237,7 @@ def check_run_folder(s, run):
     changed = [
         f"--{name} was {before.get(name)}, now {value}"
         for name, value in dataclasses.asdict(s).items()
-        if value != before.get(name) and name not in free and not name.startswith(("eval_", "save_", "store_"))
+        if value != before.get(name) and name not in free and not name.startswith(("eval_", "save_", "store_", "keep_"))
     ]
     if changed:
         raise ValueError(f"--resume would go on with other settings than {run} began with: {'; '.join(changed)}")
@@ -345,10 +350,10 @@ class Phases:
 # --- the run folder -------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint(trainer, critic, tokenizer, run, iteration):
+def checkpoint(trainer, critic, tokenizer, run, iteration, keep):
     """runs/X/checkpoints/N: a Hugging Face folder of the policy after N iterations, with the sharded training state in state/.
 
-    Written beside and renamed, so that a folder of that name is always whole. The state of older checkpoints is deleted then.
+    Written beside and renamed, so that a folder of that name is always whole. Then all but the newest `keep` are deleted (0: none).
     """
     final, draft = run / "checkpoints" / str(iteration), run / "checkpoints" / f"{iteration}.unfinished"
     if dist.get_rank() == 0:
@@ -359,12 +364,15 @@ def checkpoint(trainer, critic, tokenizer, run, iteration):
     if critic:
         critic.save(draft / "state" / "critic")
     ppo.save_pretrained(trainer.model, tokenizer, draft, trainer.compute_dtype)
+    os.sync()  # else a power failure could leave the new name with files cut short
+    dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
-        for older in final.parent.iterdir():
-            if older != final:
-                shutil.rmtree(older / "state", ignore_errors=True)
+        whole = sorted((p for p in final.parent.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+        for older in whole[:-keep] if keep else ():
+            older.rename(older.with_suffix(".unfinished"))
+        for rest in final.parent.glob("*.unfinished"):
+            shutil.rmtree(rest)
     dist.barrier()
 
 
@@ -524,7 +532,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
             tok_s=f"{metrics['tokens_per_second']:.0f}",
         )  # fmt: skip
         if s.save_every and (iteration + 1) % s.save_every == 0:
-            checkpoint(trainer, critic, tokenizer, run, iteration + 1)
+            checkpoint(trainer, critic, tokenizer, run, iteration + 1, s.keep_checkpoints)
     ppo.save_pretrained(trainer.model, tokenizer, run / "model", trainer.compute_dtype)
     say(f"wrote {run / 'model'}" + ("" if accuracy is None else f"; accuracy {accuracy:.3f}"))
     shut_down(engine, grader)

@@ -6,11 +6,11 @@
 
 `make compare` does both, after sft.py. A finished run leaves experiments/results/compare/NAME.json: its curve, command, settings, and the commit
 that made it; a result counts only as long as its command is the planned one. First comes a search for each method's learning rate, on two seeds of
-its own: three values, each two to three times the one before, one more below for PPO, whose best was the lowest (each with the critic at the same rate and at 1e-3).
-Then come the seeds that count. All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8 responses with them, 40
+its own: three values, each two to three times the one before, one more below for PPO, whose best was the lowest (each with the critic at the same rate
+and at 1e-3). Then come the seeds that count. All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8 responses with them, 40
 times, and differ in nothing but the advantages. The controls give GRPO and RLOO more responses for as many optimizer steps: 96 per iteration cost
-about the seconds of VinePPO's K = 9 and the generated tokens of K = 3, 256 the tokens of K = 9. Sampling is at temperature 1, but for the runs named
-T; evaluation is at temperature 1, the first 400 held-out problems once each (standard error of one evaluation: 0.025).
+about the seconds of VinePPO's K = 9 and the generated tokens of K = 3, 256 the tokens of K = 9. PPO gets 256, too, so that its value network has more to
+learn from (at the rate of the others with 256, the network's 1e-3). Sampling is at temperature 1, but for the runs named T; evaluation is at temperature 1, the first 400 held-out problems once each (standard error of one evaluation: 0.025).
 """
 
 import hashlib
@@ -56,6 +56,7 @@ METHODS = {  # name: (command, learning rates to search, number of seeds, whose 
     "rloo-T1.2": (RL + EVAL + " --algorithm rloo --temperature 1.2", LR, 3, "rloo"),
     "grpo-256": (RL + EVAL + MORE_256 + " --algorithm grpo", LR, 2, "grpo-96"),
     "rloo-256": (RL + EVAL + MORE_256 + " --algorithm rloo", LR, 2, "rloo-96"),
+    "ppo-256": (RL + EVAL + MORE_256 + " --algorithm ppo --critic_learning_rate 1e-3", LR, 2, "rloo-96"),
 }
 
 
@@ -209,6 +210,7 @@ STYLE = {  # colours that the colour-blind can tell apart (Okabe and Ito); the c
     "rloo-96": ("RLOO, 96 responses", dict(color="#d55e00", linestyle="--")),
     "grpo-256": ("GRPO, 256 responses (2 seeds)", dict(color="#009e73", linestyle=":")),
     "rloo-256": ("RLOO, 256 responses (2 seeds)", dict(color="#d55e00", linestyle=":")),
+    "ppo-256": ("PPO, 256 responses (2 seeds)", dict(color="#e69f00", linestyle=":")),
     "restem": ("RestEM", dict(color="#cc79a7")),
     "dpo": ("DPO+", dict(color="#999999")),
 }

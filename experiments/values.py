@@ -1,8 +1,8 @@
 """How good are the values, and what does that do to the gradient? The analysis of the paper's section 6, on the checkpoints of any run.
 
-    torchrun --nproc_per_node=2 experiments/values.py runs/compare/ppo-s0/checkpoints/40 [MORE CHECKPOINTS]     # `make analyze`
+    torchrun --nproc_per_node=2 experiments/values.py runs/compare/ppo-256-s0/checkpoints/40 [MORE CHECKPOINTS]  # `make analyze`
     torchrun --nproc_per_node=8 experiments/values.py runs/math/checkpoints/500 --truth_rollouts 256
-    python experiments/values.py --draw                                                                        # pictures and tables alone
+    python experiments/values.py --draw                                                                          # pictures and tables alone
 
 States come from the checkpoint's own solutions of held-out problems, at the temperature it trained at. The ground truth of a state is the mean of
 --truth_rollouts rollouts; every estimate is independent of it, since its rollouts are others:
@@ -227,7 +227,7 @@ def measure(arguments):
             )
             critic.load(path / "state" / "critic")
         elif s.algorithm == "ppo" and rank == 0:
-            print(f"{path} has no state/critic (only the newest checkpoint keeps it): its value network is left out", flush=True)
+            print(f"{path} has no state/critic: its value network is left out", flush=True)
         engine.load_weights(ppo.full_tensors(model))
         if len(test) < arguments.problems + arguments.ranked:
             raise ValueError(

@@ -129,7 +129,7 @@ import os, signal, train
 checkpoint = train.checkpoint
 def then_die(*arguments):
     checkpoint(*arguments)
-    if arguments[-1] == 2:
+    if arguments[4] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 train.checkpoint = then_die
 train.main()
@@ -158,10 +158,11 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     lines = metrics_of(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[2]["learning_rate"] < lines[1]["learning_rate"] < lines[0]["learning_rate"]  # the schedule went on
-    states = sorted(p.parent.name for p in (tmp_path / "run" / "checkpoints").glob("*/state"))
-    assert states == ["3"]  # the training state of the newest only; every checkpoint is a model
-    for name in ("1", "2", "3"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / name)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["2", "3"]  # --keep_checkpoints 2
+    for name in ("2", "3"):
+        AutoModelForCausalLM.from_pretrained(checkpoints / name)
+        assert (checkpoints / name / "state" / "critic" / ".metadata").is_file()
     assert list((tmp_path / "run").glob("events.out.tfevents*"))
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["clip"] == 0.2
     assert all(abs(line["explained_variance"]) < 10 and line["value_loss"] >= 0 for line in lines)
