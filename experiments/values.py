@@ -145,16 +145,30 @@ def measure_ranking(engine, grader, critic, batch, s, arguments):
     return train.over_ranks(list(by_state.values()))
 
 
-def measure_gradient(engine, grader, model, critic, problems, s, arguments, prompts, responses=4):
-    """|g|^2 of each unbiased estimator on independent batches of prompts x responses, the same responses for all: [{name: |g|^2}].
-
-    g is the gradient of -1/N sum_i sum_t A_t log pi(token t): no whitening, no clipping, no KL, no nucleus, so that all estimators have the same
-    mean. (Nearly: a step's boundary may depend on what follows it, as that of "#### n" does, and a state's value is then no pure baseline.)
-    """
+def squared_gradient(model, episodes, advantages, temperature, device):
+    """|g|^2 of g = the gradient of -1/N sum_i sum_t A_t log pi(token t) over the N responses of all ranks. advantages: a list per episode."""
     import torch
     import torch.distributed as dist
 
     import ppo
+
+    world = dist.get_world_size()
+    model.zero_grad()  # before the forward pass, after which FSDP's gathered parameters stand in for those that hold the gradients
+    batch = ppo.collate([e | {"advantages": a} for e, a in zip(episodes, advantages)], ["advantages"], device)
+    m = ppo.micro_batch(batch, range(len(episodes)))
+    loss = -(ppo.token_logprobs(model, m, temperature) * m["advantages"]).sum() / (len(episodes) * world)
+    (loss * world).backward()  # FSDP averages over the ranks
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")).full_tensor().item() ** 2
+
+
+def measure_gradient(engine, grader, model, critic, device, problems, s, arguments, prompts, responses=4):
+    """|g|^2 of each unbiased estimator on independent batches of prompts x responses, the same responses for all: [{name: |g|^2}].
+
+    The plain policy gradient: no whitening, no clipping, no KL, no nucleus, so that all estimators have the same
+    mean. (Nearly: a step's boundary may depend on what follows it, as that of "#### n" does, and a state's value is then no pure baseline.)
+    """
+    import torch.distributed as dist
+
     import vine
     from baselines import groups
 
@@ -163,7 +177,9 @@ def measure_gradient(engine, grader, model, critic, problems, s, arguments, prom
     for number in range(arguments.batches):
         drawn = random.Random(arguments.seed * 1_000_003 + number).choices(problems, k=prompts)[rank::world]
         episodes = sample_solutions(engine, grader, drawn, s)
-        states, indices = vine.distinct_states(*zip(*[(e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]))
+        numbers = {}
+        indices = [vine.number_states(numbers, e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]
+        states = [(list(prompt), list(prefix)) for prompt, prefix in numbers]
         answers = {i: e["answer"] for e, row in zip(episodes, indices) for i in row}
         rewards = rewards_from(engine, grader, states, [answers[i] for i in range(len(states))], max(KS), s)
         advantages = {}
@@ -178,16 +194,7 @@ def measure_gradient(engine, grader, model, critic, problems, s, arguments, prom
         if critic:
             critic.set_advantages(episodes)
             advantages["value network"] = [e["advantages"] for e in episodes]
-        line = {}
-        for name, lists in advantages.items():
-            for e, values in zip(episodes, lists):
-                e["advantages"] = values
-            batch = ppo.collate(episodes, ["advantages"], model.lm_head.weight.device)
-            logprobs = ppo.token_logprobs(model, batch["input_ids"], temperature=s.temperature)
-            model.zero_grad()
-            (-(logprobs * batch["advantages"]).sum() / (prompts * responses) * world).backward()  # FSDP averages over the ranks
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-            line[name] = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item() ** 2
+        line = {name: squared_gradient(model, episodes, lists, s.temperature, device) for name, lists in advantages.items()}
         out.append(line)
     return out
 
@@ -216,14 +223,20 @@ def measure(arguments):
         )
         if engine is None:
             engine = Engine(
-                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=arguments.seed * world + rank,
+                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=arguments.seed,
                 bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
             )  # fmt: skip
         engine.sleep()
         model, critic = ppo.load_sharded(path, device, bfloat16=s.bfloat16), None
         if (path / "state" / "critic").is_dir():
             critic = Critic(
-                path, device, total_steps=1, learning_rate=1e-9, minibatch=world, micro_batch=s.micro_batch, bfloat16=s.bfloat16
+                path,
+                device,
+                total_steps=1,
+                learning_rate=1e-9,
+                minibatch=world,
+                micro_batch_tokens=s.micro_batch_tokens,
+                bfloat16=s.bfloat16,
             )
             critic.load(path / "state" / "critic")
         elif s.algorithm == "ppo" and rank == 0:
@@ -238,7 +251,7 @@ def measure(arguments):
         ranking = measure_ranking(
             engine, grader, critic, test[arguments.problems : arguments.problems + arguments.ranked][rank::world], s, arguments
         )
-        gradient = measure_gradient(engine, grader, model, critic, training, s, arguments, prompts)
+        gradient = measure_gradient(engine, grader, model, critic, device, training, s, arguments, prompts)
         if rank == 0:
             arguments.results.mkdir(parents=True, exist_ok=True)
             name = f"{run.name}-{path.name}"
@@ -456,7 +469,7 @@ def main():
     parser.add_argument(
         "--batches",
         type=int,
-        default=40,
+        default=50,
         help="batches of 4 problems (or the next multiple of the ranks) x 4 responses whose gradients are measured",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
