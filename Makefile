@@ -1,6 +1,6 @@
 # make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
 # make compare: the runs of experiments/compare.py that have no result yet, then its pictures; two hours on two cores.
-# make analyze: values and gradients of four of those runs' checkpoints.
+# make analyze: values and gradients of three of those runs' checkpoints.
 PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -41,7 +41,7 @@ compare: install runs/compare/sft/model.safetensors
 	$(VENV)/bin/python experiments/compare.py run
 	$(VENV)/bin/python experiments/compare.py draw
 
-ANALYZED := $(addprefix runs/compare/,ppo-s0/checkpoints/40 ppo-256-s0/checkpoints/20 ppo-256-s0/checkpoints/40 vineppo-K9-s0/checkpoints/40)
+ANALYZED := $(addprefix runs/compare/,ppo-s0/checkpoints/40 ppo-256-s0/checkpoints/40 vineppo-K9-s0/checkpoints/40)
 analyze: install
 	$(TORCHRUN) experiments/values.py $(ANALYZED) --next_step_temperature 1.5
 

@@ -277,19 +277,27 @@ class Grader:
     def __init__(self, workers=1, timeout=1.0):
         self.timeout, self.cache = timeout, {}
         self.counts = dict(graded=0, cached=0, timed_out=0, no_answer=0)
-        self._threads = ThreadPoolExecutor(workers)
+        self._threads, self._started = ThreadPoolExecutor(workers), {}  # _started: pair -> Future
         self._idle = queue.SimpleQueue()
         started = [_start_worker() for _ in range(workers)]
         for worker in started:
             self._idle.put(_ready(worker))
 
+    def start(self, texts, golds):
+        """Begin to grade, in the background, what grade will be asked later. Returns the pairs of a final answer and its gold answer."""
+        pairs = [(extract_answer(text), gold) for text, gold in zip(texts, golds, strict=True)]
+        for pair in pairs:
+            if pair not in self.cache and pair not in self._started and pair[0] is not None:
+                self._started[pair] = self._threads.submit(self._grade_pair, pair)
+        return pairs
+
     def grade(self, texts, golds):
         """Whether each text's final answer equals its gold answer (the bare answer). Lists of equal length -> list of bool."""
-        pairs = [(extract_answer(text), gold) for text, gold in zip(texts, golds, strict=True)]
+        pairs = self.start(texts, golds)
         if len(self.cache) > self.MAX_CACHE:
-            self.cache.clear()
-        new = {pair for pair in pairs if pair not in self.cache and pair[0] is not None}
-        results = dict(zip(new, self._threads.map(self._grade_pair, new)))
+            self.cache = {pair: self.cache[pair] for pair in pairs if pair in self.cache}
+        new = {pair for pair in pairs if pair in self._started}
+        results = {pair: self._started.pop(pair).result() for pair in new}
         known = self.cache | results
         # a pair that ran out of time, perhaps on a busy machine, gets another chance; what is too long is not worth its memory
         self.cache |= {pair: right for pair, right in results.items() if right is not None and len(pair[0]) <= MAX_LENGTH}
@@ -336,7 +344,7 @@ class Grader:
 
     def close(self):
         """End the workers. They end by themselves, too, when this process ends in whatever way: their input closes."""
-        self._threads.shutdown()
+        self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             self._idle.get().stdin.close()
 

@@ -9,84 +9,72 @@ import os
 import socket
 import sys
 import time
+import types
 from datetime import timedelta
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 # --- the formulas ---------------------------------------------------------------------------------------------------------------
 
 
 def logprobs_from_logits(logits, targets, temperature=1.0):
-    """log pi(target) under softmax(logits / temperature). logits [B, T, V], targets [B, T] -> [B, T], float32."""
-    logits = logits.float() / temperature
-    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
-def token_logprobs(model, input_ids, attention_mask=None, temperature=1.0):
-    """Log-probabilities of the next tokens, at the temperature they were sampled at: [B, T] ids -> [B, T-1].
-
-    Entry t is log pi(input_ids[t+1] | input_ids[:t+1]). Rows padded on the right need no attention mask: a causal model's real tokens
-    never see what comes after them.
-    """
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]  # [B, T-1, V]
-    return logprobs_from_logits(logits, input_ids[:, 1:], temperature)
+    """log pi(target) under softmax(logits / temperature). logits [N, V], targets [N] -> [N], float32."""
+    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 
 def token_entropy(logits, temperature=1.0):
-    """Entropy in nats of softmax(logits / temperature): [B, T, V] -> [B, T]."""
+    """Entropy in nats of softmax(logits / temperature): [N, V] -> [N]."""
     logprobs = (logits.float() / temperature).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def whiten(advantages, action_mask):
-    """Advantages with mean 0 and unbiased variance 1 over the action tokens of all ranks; 0 elsewhere. [B, T] each -> [B, T].
+def whiten(advantages):
+    """Advantages [N] of the action tokens with mean 0 and unbiased variance 1 over all ranks.
 
     The released code whitens each micro-batch by itself; called once on an iteration's episodes, the result does not depend on how they
     are batched. Advantages that are all equal become 0.
     """
-    mask = action_mask.to(torch.float64)
-    values = advantages.to(torch.float64) * mask
-    count, total = sum_over_ranks(torch.stack([mask.sum(), values.sum()])).tolist()
-    centred = (values - total / max(count, 1)) * mask
+    values = advantages.to(torch.float64)
+    count, total = sum_over_ranks(torch.stack([values.new_tensor(len(values)), values.sum()])).tolist()
+    centred = values - total / max(count, 1)
     variance = sum_over_ranks((centred**2).sum()).item() / max(count - 1, 1)
     return (centred / max(variance**0.5, 1e-8)).to(advantages.dtype)
 
 
-def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, action_mask, clip=0.2, kl_coef=1e-4, num_tokens=None, num_responses=None):
-    """Clipped policy loss plus KL penalty. All tensors [B, T]; action_mask is 1 on the response's tokens.
+def ppo_loss(logprobs, old_logprobs, ref_logprobs, advantages, num_responses, num_tokens=None, clip=0.2, kl_coef=1e-4):
+    """Clipped policy loss plus KL penalty. All tensors [N]: the action tokens of some responses, one behind the other.
 
         policy = 1/num_tokens    sum_tokens max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),   rho = pi / pi_old
         kl     = 1/num_responses sum_tokens clamp(exp(d) - d - 1, 0, 10),                    d = log pi_ref - log pi    (k3 estimator)
 
     num_tokens and num_responses are those of the whole minibatch over all ranks, so the losses of its micro-batches add up to the
-    minibatch's; None means that these B responses are the minibatch. Returns (loss, metrics): metrics are this micro-batch's
+    minibatch's; num_tokens None means that these tokens are the minibatch. Returns (loss, metrics): metrics are this micro-batch's
     contributions to the minibatch's means, detached scalars that add up likewise. Source: the released code's PPO trainer (paper.md).
     """
-    mask = action_mask.to(logprobs.dtype)
-    num_tokens = mask.sum() if num_tokens is None else num_tokens
-    num_responses = len(mask) if num_responses is None else num_responses
-    keep = action_mask.bool()
-    log_ratio = torch.where(keep, logprobs - old_logprobs, 0.0)  # where, not *: padding may hold anything, infinities too
-    advantages = torch.where(keep, advantages, 0.0)
+    num_tokens = len(logprobs) if num_tokens is None else num_tokens
+    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    policy_loss = (torch.maximum(unclipped, clipped) * mask).sum() / num_tokens
-    d = torch.where(keep, ref_logprobs - logprobs, 0.0)
-    kl = (torch.clamp(d.exp() - d - 1, 0, 10) * mask).sum() / num_responses
+    policy_loss = torch.maximum(unclipped, clipped).sum() / num_tokens
+    d = ref_logprobs - logprobs
+    kl = torch.clamp(d.exp() - d - 1, 0, 10).sum() / num_responses
     with torch.no_grad():
         metrics = {
             "policy_loss": policy_loss.detach(),
             "kl_loss": kl_coef * kl.detach(),
-            "ratio": (ratio * mask).sum() / num_tokens,
-            "clip_fraction": ((clipped > unclipped) * mask).sum() / num_tokens,
-            "approx_kl": ((ratio - 1 - log_ratio) * mask).sum() / num_tokens,  # of pi against pi_old, in nats per token
+            "ratio": ratio.sum() / num_tokens,
+            "clip_fraction": (clipped > unclipped).sum() / num_tokens,
+            "approx_kl": (ratio - 1 - log_ratio).sum() / num_tokens,  # of pi against pi_old, in nats per token
         }
     return policy_loss + kl_coef * kl, metrics
 
@@ -129,12 +117,22 @@ def compute_dtype(device, bfloat16=None):
     return torch.bfloat16 if (device.type == "cuda" if bfloat16 is None else bfloat16) else torch.float32
 
 
-def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activations=False, architecture=AutoModelForCausalLM, **options):
+def device_mesh(device, hybrid=False):
+    """All ranks; hybrid: [machines, ranks of each], to shard within a machine and replicate across. For fully_shard."""
+    world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if not hybrid:
+        return dist.device_mesh.init_device_mesh(device.type, (world,))
+    return dist.device_mesh.init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def load_sharded(
+    path, device, trainable=True, bfloat16=None, checkpoint_activations=False, hybrid=False, architecture=AutoModelForCausalLM, **options
+):
     """A causal language model from a Hugging Face folder or hub name, sharded over all ranks layer by layer with FSDP2.
 
     A trainable model has fp32 master weights. A frozen one is kept in the compute type, and on GPUs its shards live in host memory
-    and visit the GPU layer by layer while it computes. bfloat16: compute in bf16; None means on GPUs only. architecture: another head of
-    the same backbone, with its options for the configuration.
+    and visit the GPU layer by layer while it computes. bfloat16: compute in bf16; None means on GPUs only. hybrid: see
+    device_mesh. architecture: another head of the same backbone, with its options for the configuration.
     """
     compute = compute_dtype(device, bfloat16)
     config = AutoConfig.from_pretrained(path)
@@ -142,13 +140,16 @@ def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activat
     no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))}
     for name, value in (no_dropout | options).items():
         setattr(config, name, value)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None):
+            raise ValueError(f"{path}: its logits are the head's output changed by {name}, which map_logits does not do")
     dtype = "auto" if trainable else compute
-    model = architecture.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+    model = architecture.from_pretrained(path, config=config, dtype=dtype, attn_implementation="packed")
     model.requires_grad_(trainable).train(trainable)
     if checkpoint_activations:
         model.gradient_checkpointing_enable()
     sharding = dict(
-        mesh=dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),)),
+        mesh=device_mesh(device, hybrid),
         mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
         offload_policy=CPUOffloadPolicy() if device.type == "cuda" and not trainable else OffloadPolicy(),
     )
@@ -156,6 +157,9 @@ def load_sharded(path, device, trainable=True, bfloat16=None, checkpoint_activat
     for module in (*layers, model):
         # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
         fully_shard(module.float() if trainable else module, **sharding)
+    if model.get_output_embeddings() is not None:
+        model.map_logits = types.MethodType(map_logits, model)
+        register_fsdp_forward_method(model, "map_logits")
     return model
 
 
@@ -187,30 +191,116 @@ def sum_over_ranks(tensor):
     return tensor
 
 
-# --- episodes as batches --------------------------------------------------------------------------------------------------------
+# --- episodes as batches: packed, without padding ---------------------------------------------------------------------------------
+
+
+def packed_attention(module, query, key, value, attention_mask, *, lengths, cu_seqlens, scaling=None, sliding_window=None, **other):
+    """Causal attention inside each of several sequences that stand one behind the other: query [1, H, T, D] -> ([1, T, H, D], None).
+
+    torch's variable-length flash kernel for bf16 on GPUs, else SDPA, one sequence after the other. transformers calls it for
+    attn_implementation="packed"; lengths (a list of ints) and cu_seqlens (their int32 cumulative sums from 0) come from micro_batch.
+    """
+    if unknown := [name for name in ("softcap", "s_aux") if other.get(name) is not None]:
+        raise ValueError(f"{type(module).__name__} needs attention with {unknown[0]}, which is not built here")
+    if query.is_cuda and query.dtype != torch.float32:
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, H, D]
+        options = dict(scale=scaling, window_size=(sliding_window - 1 if sliding_window else -1, 0), enable_gqa=True)  # causal
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)[None], None
+    parts = []
+    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value))):
+        mask = None
+        if sliding_window and q.shape[2] > sliding_window:
+            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        parts.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+LOGITS = 2**26  # at a time; 256 MiB in float32
+
+
+def map_logits(self, micro, function):
+    """function(logits [n, V], targets [n]) -> [n, ...] over the action tokens of a micro-batch, a chunk of them after the other.
+
+    Only they pass through the head, and of their logits no more than LOGITS exist at a time: backward computes each chunk anew.
+    load_sharded makes this a method of the model, so that FSDP gathers the parameters for it as for forward.
+    """
+    hidden = self.base_model(**micro["inputs"], use_cache=False).last_hidden_state[0, micro["positions"]]  # [N, D]
+    head, size = self.get_output_embeddings(), max(1, LOGITS // self.config.vocab_size)
+    chunks = zip(hidden.split(size), micro["targets"].split(size))
+    of_chunk = lambda hidden, targets: function(head(hidden), targets)
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
+def token_logprobs(model, micro, temperature=1.0):
+    """Log-probabilities of the action tokens of a micro-batch, at the temperature they were sampled at: [N]."""
+    return model.map_logits(micro, lambda logits, targets: logprobs_from_logits(logits, targets, temperature))
 
 
 def collate(episodes, names, device):
-    """Pad to the longest on the right: input_ids [N, T]; action_mask and the per-token lists `names` of the episodes [N, T-1], aligned to
-    the next token, 0 where an episode has none; lengths, a list of N.
+    """Episodes for micro_batch: the per-token lists `names` of their responses one behind the other, [N] each; 0 where an episode has none."""
+    spans, stop = [], 0
+    for e in episodes:
+        spans.append((stop, stop := stop + len(e["response_ids"])))
+    flat = {name: [x for e in episodes for x in e.get(name) or [0.0] * len(e["response_ids"])] for name in names}
+    tensors = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in flat.items()}
+    return dict(episodes=episodes, spans=spans, device=device, tokens=tensors)
+
+
+def micro_batch(batch, rows, actions=True):
+    """Some episodes of a batch in one row of T tokens: `inputs` for the model and, of their N action tokens,
+
+    tokens [N]: where each stands in the batch; targets [N]: its id; positions [N]: where in the row it is predicted; and `names` [N].
+    Without actions: a pass with N = 0, of a rank that has less to do than the others.
     """
-    lengths = [len(e["prompt_ids"]) + len(e["response_ids"]) for e in episodes]
-    batch = {"input_ids": torch.zeros(len(episodes), max(lengths), dtype=torch.long)}  # [N, T]
-    for name in ("action_mask", *names):
-        batch[name] = torch.zeros(len(episodes), max(lengths) - 1)  # [N, T-1]
-    for i, e in enumerate(episodes):
-        start, stop = len(e["prompt_ids"]) - 1, lengths[i] - 1
-        batch["input_ids"][i, : stop + 1] = torch.tensor(e["prompt_ids"] + e["response_ids"])
-        batch["action_mask"][i, start:stop] = 1.0
-        for name in names:
-            batch[name][i, start:stop] = torch.tensor(e.get(name) or [0.0] * (stop - start))
-    return {name: tensor.to(device) for name, tensor in batch.items()} | {"lengths": lengths}
+    ids, positions, tokens, lengths = [], [], [], []
+    for i in rows:
+        e = batch["episodes"][i]
+        if actions:
+            positions += range(len(ids) + len(e["prompt_ids"]) - 1, len(ids) + len(e["prompt_ids"]) + len(e["response_ids"]) - 1)
+            tokens += range(*batch["spans"][i])
+        lengths.append(len(e["prompt_ids"]) + len(e["response_ids"]))
+        ids += e["prompt_ids"] + e["response_ids"]
+    row = torch.tensor([ids, [t for n in lengths for t in range(n)]]).to(batch["device"], non_blocking=True)
+    positions, tokens = torch.tensor([positions, tokens], dtype=torch.long).to(batch["device"], non_blocking=True)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(batch["device"], non_blocking=True)
+    inputs = dict(input_ids=row[:1], position_ids=row[1:], lengths=lengths, cu_seqlens=cu_seqlens)
+    about = dict(inputs=inputs, positions=positions, tokens=tokens, targets=row[0, positions + 1])
+    return about | {name: values[tokens] for name, values in batch["tokens"].items()}
 
 
-def micro_batch(batch, rows):
-    """The rows of a batch, cut to their own longest: [B, T'] ids, [B, T'-1] the rest."""
-    length = max(batch["lengths"][i] for i in rows)
-    return {name: t[rows, : length if name == "input_ids" else length - 1] for name, t in batch.items() if name != "lengths"}
+def micro_batches(batch, rows, max_tokens):
+    """The rows of a batch as micro-batches of at most max_tokens tokens (a longer episode alone), as many on every rank.
+
+    They are filled evenly: from the longest episode to the shortest, each goes where the fewest tokens are.
+    """
+    length = lambda i: len(batch["episodes"][i]["prompt_ids"]) + len(batch["episodes"][i]["response_ids"])
+    rows = sorted(rows, key=length, reverse=True)
+    lengths = list(map(length, rows))
+    count = torch.tensor(fewest_parts(lengths, max_tokens), device=batch["device"])
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    parts = [[rows[k] for k in part] for part in fill_evenly(lengths, count.item())]
+    return [micro_batch(batch, part or rows[-1:], actions=bool(part)) for part in parts]
+
+
+def fill_evenly(lengths, count):
+    """Numbers of the lengths, which descend, in `count` parts: each goes where the sum is the smallest so far."""
+    parts, sums = [[] for _ in range(count)], [0] * count
+    for i, length in enumerate(lengths):
+        smallest = sums.index(min(sums))
+        parts[smallest].append(i)
+        sums[smallest] += length
+    return parts
+
+
+def fewest_parts(lengths, max_tokens):
+    """The fewest parts of fill_evenly that are no larger than max_tokens, or than the longest."""
+    limit, count = max(max_tokens, *lengths[:1]), max(1, -(-sum(lengths) // max_tokens))
+    while any(sum(lengths[i] for i in part) > limit for part in fill_evenly(lengths, count)):
+        count += 1
+    return count
 
 
 def minibatches(num_episodes, size, epochs, seed):
@@ -218,13 +308,14 @@ def minibatches(num_episodes, size, epochs, seed):
     if not num_episodes or num_episodes % size:
         raise ValueError(f"{num_episodes} episodes on this rank do not divide into minibatches of {size}")
     for epoch in range(epochs):
-        yield from torch.randperm(num_episodes, generator=torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)).split(size)
+        order = torch.randperm(num_episodes, generator=torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63))
+        yield from (rows.tolist() for rows in order.split(size))
 
 
 def count_over_ranks(batch, rows):
     """(action tokens, responses) of a minibatch over all ranks."""
-    counts = torch.tensor([float(batch["action_mask"][rows].sum()), float(len(rows))], device=batch["action_mask"].device)
-    return sum_over_ranks(counts).tolist()
+    tokens = sum(len(batch["episodes"][i]["response_ids"]) for i in rows)
+    return sum_over_ranks(torch.tensor([float(tokens), float(len(rows))], device=batch["device"])).tolist()
 
 
 def save_state(folder, model, optimizer, step):
@@ -249,23 +340,23 @@ class Trainer:
     """Policy, optimizer and reference policy, sharded over the ranks.
 
     model: Hugging Face folder or hub name that both the policy and the reference start from. total_steps: optimizer steps of the whole
-    run, for the learning rate's decay. minibatch: episodes per optimizer step over all ranks. micro_batch: episodes per forward pass of a
-    rank; it changes memory and speed, not the result. epochs: passes over the episodes in each update. whiten_advantages: GRPO and RLOO
-    bring advantages that are scaled already.
+    run, for the learning rate's decay. minibatch: episodes per optimizer step over all ranks. micro_batch_tokens: tokens per forward pass
+    of a rank; it changes memory and speed, not the result. epochs: passes over the episodes in each update. whiten_advantages: GRPO and
+    RLOO bring advantages that are scaled already.
     """
 
     MAX_RATIO = 10.0  # a step whose mean ratio exceeds this is skipped (paper.md)
 
     def __init__(
-        self, model, device, *, total_steps, learning_rate=1e-6, minibatch=64, micro_batch=4, epochs=2, clip=0.2, kl_coef=1e-4,
-        temperature=1.0, max_grad_norm=1.0, whiten_advantages=True, bfloat16=None, checkpoint_activations=False, seed=0,
+        self, model, device, *, total_steps, learning_rate=1e-6, minibatch=64, micro_batch_tokens=8192, epochs=2, clip=0.2, kl_coef=1e-4,
+        temperature=1.0, max_grad_norm=1.0, whiten_advantages=True, bfloat16=None, checkpoint_activations=False, hybrid=False, seed=0,
     ):  # fmt: skip
         self.device, self.total_steps, self.peak = device, total_steps, learning_rate
-        self.minibatch, self.micro_batch, self.epochs = minibatch // dist.get_world_size(), micro_batch, epochs
+        self.minibatch, self.micro_batch_tokens, self.epochs = minibatch // dist.get_world_size(), micro_batch_tokens, epochs
         self.clip, self.kl_coef, self.temperature, self.max_grad_norm = clip, kl_coef, temperature, max_grad_norm
         self.whiten_advantages, self.seed, self.step, self.compute_dtype = whiten_advantages, seed, 0, compute_dtype(device, bfloat16)
-        self.model = load_sharded(model, device, True, bfloat16, checkpoint_activations)
-        self.reference = load_sharded(model, device, False, bfloat16)
+        self.model = load_sharded(model, device, True, bfloat16, checkpoint_activations, hybrid)
+        self.reference = load_sharded(model, device, False, bfloat16, False, hybrid)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
 
     def update(self, episodes):
@@ -278,11 +369,12 @@ class Trainer:
         """
         batch = collate(episodes, ["advantages", "engine_logprobs"], self.device)
         if self.whiten_advantages:
-            batch["advantages"] = whiten(batch["advantages"], batch["action_mask"])
+            batch["tokens"]["advantages"] = whiten(batch["tokens"]["advantages"])
         metrics = self._score(batch)
         steps = [
             self._optimizer_step(batch, rows) for rows in minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step))
         ]
+        self.optimizer.zero_grad()  # nothing stays beside the engine that need not
         skipped = sum(step.pop("skipped") for step in steps)
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         return metrics | means | {"skipped_steps": skipped, "gradient_steps": self.step}
@@ -293,13 +385,11 @@ class Trainer:
         num_tokens, num_responses = count_over_ranks(batch, rows)
         self.optimizer.zero_grad()
         sums = None
-        for micro in rows.split(self.micro_batch):
-            m = micro_batch(batch, micro)
-            logprobs = token_logprobs(self.model, m["input_ids"], temperature=self.temperature)  # [B, T-1]
+        for m in micro_batches(batch, rows, self.micro_batch_tokens):
+            logprobs = token_logprobs(self.model, m, self.temperature)
             loss, metrics = ppo_loss(
-                logprobs, m["old_logprobs"], m["ref_logprobs"], m["advantages"], m["action_mask"],
-                self.clip, self.kl_coef, num_tokens, num_responses,
-            )  # fmt: skip
+                logprobs, m["old_logprobs"], m["ref_logprobs"], m["advantages"], num_responses, num_tokens, self.clip, self.kl_coef
+            )
             (loss * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks; the minibatch's gradient is their sum
             values = torch.stack([loss.detach(), *metrics.values()])
             sums = values if sums is None else sums + values
@@ -315,29 +405,34 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, batch):
-        """Add old_logprobs and ref_logprobs to the batch, [N, T-1] each; one pass of each policy, before the first optimizer step.
+        """Add old_logprobs and ref_logprobs to the batch, [N] each; one pass of each policy over the episodes, before the first optimizer step.
 
-        The engine reports log-probabilities at temperature 1 and before top-p, since those are defined alike on both sides; so
-        logprob_gap compares them with the trainer's at temperature 1, from the same logits.
+        Before the first step of all the two policies are one, and the reference makes no pass. The engine reports log-probabilities at
+        temperature 1 and before top-p, since those are defined alike on both sides; so logprob_gap compares them with the trainer's at
+        temperature 1, from the same logits.
         """
-        batch["old_logprobs"], batch["ref_logprobs"] = torch.zeros_like(batch["advantages"]), torch.zeros_like(batch["advantages"])
+        tokens = batch["tokens"]
+        old, ref = tokens["old_logprobs"], tokens["ref_logprobs"] = torch.zeros(2, len(tokens["advantages"]), device=self.device)
+        scores = lambda logits, targets: torch.stack(
+            [
+                logprobs_from_logits(logits, targets, self.temperature),
+                logprobs_from_logits(logits, targets),
+                token_entropy(logits, self.temperature),
+            ],
+            -1,
+        )
         sums = torch.zeros(3, device=self.device)
-        for rows in torch.arange(len(batch["lengths"])).split(self.micro_batch):
-            m = micro_batch(batch, rows)
-            targets, mask = m["input_ids"][:, 1:], m["action_mask"]  # [B, T-1]
-            logits = self.model(input_ids=m["input_ids"], use_cache=False).logits[:, :-1]  # [B, T-1, V]
-            old = logprobs_from_logits(logits, targets, self.temperature)
-            gap = (logprobs_from_logits(logits, targets) - m["engine_logprobs"]).abs()
-            entropy = token_entropy(logits, self.temperature)
-            del logits
-            ref = token_logprobs(self.reference, m["input_ids"], temperature=self.temperature)
-            batch["old_logprobs"][rows, : old.shape[1]], batch["ref_logprobs"][rows, : ref.shape[1]] = old, ref
-            d = ref - old
-            sums += torch.stack([(x * mask).sum() for x in (entropy, torch.clamp(d.exp() - d - 1, 0, 10), gap)])
+        for m in micro_batches(batch, range(len(batch["episodes"])), self.micro_batch_tokens):
+            logprobs, at_one, entropy = self.model.map_logits(m, scores).unbind(-1)
+            old[m["tokens"]] = logprobs
+            ref[m["tokens"]] = token_logprobs(self.reference, m, self.temperature) if self.step else logprobs
+            d = ref[m["tokens"]] - logprobs
+            gap = (at_one - m["engine_logprobs"]).abs()
+            sums += torch.stack([entropy.sum(), torch.clamp(d.exp() - d - 1, 0, 10).sum(), gap.sum()])
         self.reference.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
-        counts = torch.stack([batch["action_mask"].sum(), torch.tensor(float(len(batch["lengths"])), device=self.device)])
-        entropy, kl, gap, tokens, responses = sum_over_ranks(torch.cat([sums, counts])).tolist()
-        return {"entropy": entropy / tokens, "kl": kl / responses, "logprob_gap": gap / tokens}
+        counts = torch.tensor([float(len(old)), float(len(batch["episodes"]))], device=self.device)
+        entropy, kl, gap, num_tokens, num_responses = sum_over_ranks(torch.cat([sums, counts])).tolist()
+        return {"entropy": entropy / num_tokens, "kl": kl / num_responses, "logprob_gap": gap / num_tokens}
 
     def save(self, folder):
         """Write the sharded weights and optimizer state, all ranks together; load reads them back, on any number of ranks."""

@@ -12,11 +12,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
 
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     torch._dynamo.config.disable = True  # vLLM would compile its sampling helpers for 20 s
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 
 @dataclass
@@ -29,19 +31,24 @@ class Completion:
 class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
-    model: Hugging Face folder or hub name; max_sequence: tokens of the longest prompt and response together; stop: strings that end a response;
-    seed must differ between ranks. gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many run at a time.
+    model: Hugging Face folder or hub name; max_sequence: tokens of the longest prompt and response together; stop: strings that end a response.
+    gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many run at a time; None: vLLM's default. tensor_parallel: so many consecutive ranks
+    share one model; they must be given the same requests in the same order, and get the same completions. Of `groups` such groups this
+    rank is in number `group`, and in each one rank `leads`.
     """
 
-    def __init__(self, model, *, max_sequence, stop=(), seed=0, bfloat16=None, gpu_memory=0.6, max_sequences=256):
+    def __init__(self, model, *, max_sequence, stop=(), seed=0, bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1):
         self.on_gpu, self.stop, self.asleep = torch.cuda.is_available(), list(stop), False
+        self.group, self.groups = dist.get_rank() // tensor_parallel, dist.get_world_size() // tensor_parallel
+        self.leads = dist.get_rank() % tensor_parallel == 0
+        self.running, self.submitted, self.steps = {}, 0, 0  # running: number of a request -> its key
         bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
         self.llm = LLM(
             model,
             dtype="bfloat16" if bfloat16 else "float32",
             distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
-            tensor_parallel_size=1,
-            seed=seed,
+            tensor_parallel_size=tensor_parallel,
+            seed=seed * self.groups + self.group,
             max_model_len=max_sequence,
             max_num_seqs=max_sequences,
             enable_prefix_caching=True,
@@ -54,21 +61,36 @@ class Engine:
         )
         self.tokenizer = self.llm.get_tokenizer()
 
+    def submit(self, key, prompt, n, max_tokens, temperature, top_p=1.0, logprobs=False):
+        """Queue n completions of a list of token ids; step() delivers them under `key`. They may be submitted while others are written."""
+        params = SamplingParams(
+            n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=self.stop or None, detokenize=bool(self.stop),
+            logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        number = str(self.submitted)
+        self.submitted += 1
+        self.running[number] = key
+        self.llm.llm_engine.add_request(number, {"prompt_token_ids": prompt}, params)
+
+    def step(self):
+        """One step of the engine, which adds a token to each sequence it works at: [(key, n Completions)] of the requests that end with it."""
+        self.steps += 1
+        outputs = self.llm.llm_engine.step()
+        return [(self.running.pop(output.request_id), [self._completion(c) for c in output.outputs]) for output in outputs]
+
     def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
         """Sample n completions for each prompt.
 
         prompts: lists of token ids; max_tokens: one limit for all, or one per prompt. Returns a list of n Completions per prompt.
         """
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
-        params = [
-            SamplingParams(
-                n=n, max_tokens=limit, temperature=temperature, top_p=top_p, stop=self.stop or None, detokenize=bool(self.stop),
-                logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
-            )
-            for limit in limits
-        ]  # fmt: skip
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        return [[self._completion(c) for c in output.outputs] for output in outputs]
+        for i, (prompt, limit) in enumerate(zip(prompts, limits)):
+            self.submit(i, prompt, n, limit, temperature, top_p, logprobs)
+        done = {}
+        while self.running:
+            done |= self.step()
+        return [done[i] for i in range(len(prompts))]
 
     def _completion(self, output):
         ids = list(output.token_ids)

@@ -103,12 +103,8 @@ def finetune(model, rows, device, *, epochs, batch, micro_batch, peak, seed):
         optimizer.zero_grad()
         for k in range(0, len(mine), micro_batch):
             part = [rows[i] for i in mine[k : k + micro_batch]]
-            length = max(len(ids) for ids, _ in part)
-            input_ids, mask = torch.zeros(len(part), length, dtype=torch.long), torch.zeros(len(part), length - 1)
-            for i, (ids, prompt) in enumerate(part):
-                input_ids[i, : len(ids)] = torch.tensor(ids)
-                mask[i, prompt - 1 : len(ids) - 1] = 1.0
-            loss = -(ppo.token_logprobs(model, input_ids.to(device)) * mask.to(device)).sum() / num_tokens
+            episodes = [dict(prompt_ids=ids[:prompt], response_ids=ids[prompt:]) for ids, prompt in part]
+            loss = -ppo.token_logprobs(model, ppo.micro_batch(ppo.collate(episodes, [], device), range(len(part)))).sum() / num_tokens
             (loss * world).backward()  # FSDP averages over the ranks; we want the sum
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 import data
+import plan
 import ppo
 import vine
 from baselines import credit, groups
@@ -84,7 +85,7 @@ class Settings:
     # the update
     learning_rate: float | None = setting(None, "peak; 3 percent linear warm-up, then linear decay to 0")
     minibatch: int | None = setting(None, "responses per optimizer step, over all ranks")
-    micro_batch: int | None = setting(None, "responses per forward pass of a rank; changes memory and speed, not the result")
+    micro_batch_tokens: int | None = setting(None, "tokens per forward pass of a rank; changes memory and speed, not the result")
     epochs: int = setting(2, "passes over an iteration's responses")
     clip: float = setting(0.2, "range of the probability ratio, 1 - clip .. 1 + clip")
     kl_coef: float = setting(1e-4, "weight of the KL penalty to the initial policy")
@@ -103,14 +104,17 @@ class Settings:
     # the machine
     bfloat16: bool | None = setting(None, "compute in bfloat16, weights and optimizer in float32; default: on GPUs only")
     activation_checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, a third more time")
+    hybrid_sharding: bool = setting(False, "several machines: shard the trainer within each, replicate it across")
+    tensor_parallel_size: int = setting(1, "so many ranks of a machine share one engine's model")
+    plan: int | None = setting(None, "print what each GPU needs if there are so many, 8 to a machine, and exit")
     gpu_memory: float = setting(0.6, "share of each GPU for the engine's weights and KV cache while it samples")
-    max_sequences: int = setting(256, "responses that a rank's engine writes at a time")
+    max_sequences: int | None = setting(None, "responses that an engine writes at a time; default: vLLM's for the device")
     grader_workers: int = setting(2, "processes per rank that compare symbolic answers")
 
 
 PAPER = dict(  # Rho-1B on MATH; arXiv 2410.01679 and the released configs (rho1b, deepseekmath7b)
     model="realtreetune/rho-1b-sft-MATH", iterations=1000, prompts_per_iteration=64, responses_per_prompt=8, K=9, step_credit="paper", gae_lambda=1.0, gamma=1.0, temperature=0.6, top_p=0.9, max_tokens=1024,
-    max_sequence=2048, stop="\n\n\nProblem:", learning_rate=1e-6, minibatch=64, micro_batch=4, eval_every=25, eval_samples=16,
+    max_sequence=2048, stop="\n\n\nProblem:", learning_rate=1e-6, minibatch=64, micro_batch_tokens=8192, eval_every=25, eval_samples=16,
     eval_temperature=0.35, eval_top_p=0.9, save_every=50, store_every=50, activation_checkpointing=True,
 )  # fmt: skip
 OWN_SETTINGS = dict(
@@ -121,7 +125,7 @@ DEFAULTS = {
     "gsm8k": PAPER | dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
     "arithmetic": PAPER | dict(
         model="runs/sft", iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None,
-        learning_rate=1e-4, minibatch=32, micro_batch=32, eval_every=20, eval_samples=2, eval_temperature=1.0, eval_top_p=1.0,
+        learning_rate=1e-4, minibatch=32, micro_batch_tokens=4096, eval_every=20, eval_samples=2, eval_temperature=1.0, eval_top_p=1.0,
         save_every=40, store_every=20, activation_checkpointing=False,
     ),
 }  # fmt: skip
@@ -160,8 +164,8 @@ def need(condition, message):
 def check_ranges(s):
     """Raise ValueError for a setting that is out of its range by itself. Also for the baselines' settings: names that they lack are passed over."""
     positive = (
-        "prompts_per_iteration responses_per_prompt K max_valued_steps max_tokens minibatch micro_batch eval_problems eval_samples "
-        "max_sequences grader_workers rounds problems_per_round cap batch"
+        "prompts_per_iteration responses_per_prompt K max_valued_steps max_tokens minibatch micro_batch micro_batch_tokens tensor_parallel_size eval_problems eval_samples "
+        "max_sequences plan grader_workers rounds problems_per_round cap batch"
     )
     for names, fits, words in (
         (positive, lambda v: v >= 1, "must be at least 1"),
@@ -201,6 +205,10 @@ def check(s, world):
         episodes % s.minibatch == 0,
         f"--minibatch {s.minibatch} does not divide the iteration's {episodes} responses (prompts_per_iteration x responses_per_prompt)",
     )
+    need(
+        world % s.tensor_parallel_size == 0,
+        f"--tensor_parallel_size {s.tensor_parallel_size} does not divide the {world} ranks: take a divisor of them",
+    )
     if s.report_to != "none":
         try:
             __import__({"tensorboard": "tensorboard", "wandb": "wandb"}[s.report_to])
@@ -233,7 +241,10 @@ def check_run_folder(s, run):
     if newest_checkpoint(run)[1] is None:
         raise ValueError(f"--resume: {run} holds no checkpoint (--save_every writes them)")
     before = json.loads((run / "settings.json").read_text())
-    free = ("run_dir", "resume", "report_to", "micro_batch", "activation_checkpointing", "gpu_memory", "max_sequences", "grader_workers")
+    free = [
+        "run_dir", "resume", "report_to", "micro_batch_tokens", "hybrid_sharding", "tensor_parallel_size", "activation_checkpointing",
+        "gpu_memory", "max_sequences", "grader_workers",
+    ]  # fmt: skip
     changed = [
         f"--{name} was {before.get(name)}, now {value}"
         for name, value in dataclasses.asdict(s).items()
@@ -246,23 +257,27 @@ def check_run_folder(s, run):
 # --- one iteration --------------------------------------------------------------------------------------------------------------
 
 
-def sample_responses(engine, grader, batch, s):
-    """Responses to the (Problem, prompt ids) of this rank: one dict each, with its text and reward R in {0, 1}."""
-    completions = engine.generate([ids for _, ids in batch], s.responses_per_prompt, s.max_tokens, s.temperature, s.top_p, logprobs=True)
+def sample_responses(engine, grader, batch, s, values=None):
+    """Responses to the (Problem, prompt ids) of this rank: one dict each, with its text and reward R in {0, 1}.
+
+    values: a Values, which is given each response as soon as it ends, while longer ones are still being written.
+    """
     episodes = [
-        dict(
-            prompt=problem.prompt,
-            answer=problem.answer,
-            prompt_ids=ids,
-            response_ids=c.token_ids,
-            finished=c.finished,
-            engine_logprobs=c.logprobs,
-        )  # fmt: skip
-        for (problem, ids), group in zip(batch, completions)
-        for c in group
+        dict(prompt=problem.prompt, answer=problem.answer, prompt_ids=ids) for problem, ids in batch for _ in range(s.responses_per_prompt)
     ]
-    for episode in episodes:
-        episode["text"] = engine.text(episode["response_ids"])
+    for i, e in enumerate(episodes):
+        engine.submit(("response", i), e["prompt_ids"], 1, s.max_tokens, s.temperature, s.top_p, logprobs=True)
+    missing = len(episodes)
+    while missing:
+        for (kind, i), completions in engine.step():
+            if kind == "rollouts":
+                values.take(i, completions)
+                continue
+            e, (c,) = episodes[i], completions
+            e |= dict(response_ids=c.token_ids, text=engine.text(c.token_ids), finished=c.finished, engine_logprobs=c.logprobs)
+            missing -= 1
+            if values:
+                values.begin(e)
     for episode, reward in zip(episodes, rewards(grader, episodes)):
         episode["reward"] = reward
     return episodes
@@ -270,53 +285,75 @@ def sample_responses(engine, grader, batch, s):
 
 def rewards(grader, responses):
     """1.0 for a finished response whose answer is right, else 0.0. responses: dicts with text, finished and answer."""
-    right = grader.grade([r["text"] if r["finished"] else "" for r in responses], [r["answer"] for r in responses])
-    return [float(x) for x in right]
+    return [float(x) for x in grader.grade(*to_grade(responses))]
 
 
-def vineppo(engine, grader, episodes, s):
-    """Set the advantages of the episodes by VinePPO. Returns the states' values and what they cost, and the rollouts for show.py.
+class Values:
+    """VinePPO's Monte Carlo values of an iteration, each from K rollouts, which begin when the response ends that the state belongs to.
 
     A state is sent to the engine as the very token ids that were sampled up to it; the rollouts serve its value alone.
     """
-    for e in episodes:
+
+    def __init__(self, engine, grader, s):
+        self.engine, self.grader, self.s = engine, grader, s
+        self.numbers, self.states, self.rollouts = {}, [], []  # states: (answer, prefix ids) of each number
+
+    def begin(self, e):
+        """Send the states of a response, an episode of sample_responses, to the engine, but for those that are there already."""
+        s, engine = self.s, self.engine
         e["boundaries"] = credit.token_boundaries(s.step_credit, e["text"], e["response_ids"], engine.decode)
-    states, indices = vine.distinct_states(
-        *zip(*[(e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]), s.max_valued_steps
-    )
-    answers = {i: e["answer"] for e, row in zip(episodes, indices) for i in row}
-    left = [s.max_tokens - len(prefix) for _, prefix in states]  # what the state leaves of the response's token limit
-    continued = engine.generate([prompt + prefix for prompt, prefix in states], s.K, left, s.temperature, s.top_p)
-    rollouts = [
-        dict(text=engine.text(prefix + c.token_ids), finished=c.finished or engine.stops(prefix + c.token_ids), answer=answers[i], state=i)
-        for i, ((_, prefix), group) in enumerate(zip(states, continued))
-        for c in group
-    ]
-    graded = rewards(grader, rollouts)
-    values = vine.monte_carlo_values([graded[i : i + s.K] for i in range(0, len(graded), s.K)])
-    for e, row in zip(episodes, indices):
-        e["states"] = row
-        e["values"] = [None if i is None else values[i] for i in row]
-        e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
-    for rollout, reward in zip(rollouts, graded):
-        rollout["reward"] = reward
-    return dict(
-        values=values, steps=sum(len(e["values"]) for e in episodes), tokens=sum(len(c.token_ids) for group in continued for c in group),
-        rollouts=rollouts,
-    )  # fmt: skip
+        e["states"] = vine.number_states(self.numbers, e["prompt_ids"], e["response_ids"], e["boundaries"], s.max_valued_steps)
+        for i, cut in zip(e["states"], e["boundaries"]):
+            if i == len(self.states):
+                self.states.append((e["answer"], e["response_ids"][:cut]))
+                left = s.max_tokens - cut  # what the state leaves of the response's token limit
+                engine.submit(("rollouts", i), e["prompt_ids"] + e["response_ids"][:cut], s.K, left, s.temperature, s.top_p)
+
+    def take(self, i, completions):
+        """The K rollouts from state i. Their grading begins."""
+        answer, prefix = self.states[i]
+        new = [
+            dict(
+                text=self.engine.text(prefix + c.token_ids), finished=c.finished or self.engine.stops(prefix + c.token_ids), answer=answer,
+                state=i, tokens=len(c.token_ids),
+            )
+            for c in completions
+        ]  # fmt: skip
+        self.rollouts += new
+        self.grader.start(*to_grade(new))
+
+    def set_advantages(self, episodes):
+        """Wait for the rollouts and set the advantages. Returns the states' values and what they cost, and the rollouts for show.py."""
+        while self.engine.running:
+            for (_, i), completions in self.engine.step():
+                self.take(i, completions)
+        by_state = [[] for _ in self.states]
+        for rollout, reward in zip(self.rollouts, rewards(self.grader, self.rollouts)):
+            rollout["reward"] = reward
+            by_state[rollout["state"]].append(reward)
+        values = vine.monte_carlo_values(by_state)
+        for e in episodes:
+            e["values"] = [None if i is None else values[i] for i in e["states"]]
+            e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
+        return dict(values=values, tokens=sum(r["tokens"] for r in self.rollouts), rollouts=self.rollouts)
+
+
+def to_grade(responses):
+    """(texts, gold answers) for the grader; an unfinished response has no answer."""
+    return [r["text"] if r["finished"] else "" for r in responses], [r["answer"] for r in responses]
 
 
 def evaluate(engine, grader, problems, s):
     """Accuracy on (Problem, prompt ids), the mean over eval_samples responses each; the number of responses; this rank's tokens."""
-    mine = problems[dist.get_rank() :: dist.get_world_size()]
+    mine = problems[engine.group :: engine.groups]
     completions = engine.generate([ids for _, ids in mine], s.eval_samples, s.max_tokens, s.eval_temperature, s.eval_top_p)
     responses = [
         dict(text=engine.text(c.token_ids), finished=c.finished, answer=problem.answer)
         for (problem, _), group in zip(mine, completions)
         for c in group
     ]
-    scores = over_ranks(rewards(grader, responses))
-    return statistics.mean(scores), len(scores), sum(len(c.token_ids) for group in completions for c in group)
+    scores = over_ranks(rewards(grader, responses) if engine.leads else [])
+    return statistics.mean(scores), len(scores), sum(len(c.token_ids) for group in completions for c in group) * engine.leads
 
 
 def over_ranks(items):
@@ -414,10 +451,14 @@ def reporter(s, run):
 def main():
     try:
         s = parse_settings(sys.argv[1:])
-        check(s, int(os.environ.get("WORLD_SIZE", 1)))
+        check(s, s.plan or int(os.environ.get("WORLD_SIZE", 1)))
         run = Path(s.run_dir)
-        if not s.eval_only:
+        if not s.eval_only and not s.plan:
             check_run_folder(s, run)
+        if s.plan:
+            text, fits = plan.report(AutoConfig.from_pretrained(s.model), s, s.plan, min(s.plan, 8))
+            print(text)
+            sys.exit(not fits)
         problems = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = load_tokenizer(s)
         (train, too_long), (test, test_too_long) = [data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat) for p in problems]
@@ -450,8 +491,8 @@ def train_run(s, run, tokenizer, train, test, too_long):
         )
     first, state = newest_checkpoint(run) if s.resume else (0, None)
     engine = Engine(
-        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=(s.seed * 1000 + first) * world + rank,
-        bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
+        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=s.seed * 1000 + first,
+        bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences, tensor_parallel=s.tensor_parallel_size,
     )  # fmt: skip
     grader = Grader(s.grader_workers)
     if s.eval_only:
@@ -462,8 +503,9 @@ def train_run(s, run, tokenizer, train, test, too_long):
     engine.sleep()
     episodes_per_iteration = s.prompts_per_iteration * s.responses_per_prompt
     learner = dict(
-        total_steps=s.iterations * s.epochs * (episodes_per_iteration // s.minibatch), minibatch=s.minibatch, micro_batch=s.micro_batch,
-        epochs=s.epochs, max_grad_norm=s.max_grad_norm, bfloat16=s.bfloat16, checkpoint_activations=s.activation_checkpointing, seed=s.seed,
+        total_steps=s.iterations * s.epochs * (episodes_per_iteration // s.minibatch), minibatch=s.minibatch, micro_batch_tokens=s.micro_batch_tokens,
+        epochs=s.epochs, max_grad_norm=s.max_grad_norm, bfloat16=s.bfloat16, checkpoint_activations=s.activation_checkpointing, hybrid=s.hybrid_sharding,
+        seed=s.seed,
     )  # fmt: skip
     trainer = ppo.Trainer(
         s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef, temperature=s.temperature,
@@ -475,7 +517,7 @@ def train_run(s, run, tokenizer, train, test, too_long):
             s.model, device, learning_rate=s.critic_learning_rate or s.learning_rate, gamma=s.gamma, gae_lambda=s.gae_lambda, **learner
         )
     set_advantages = {
-        "vineppo": lambda episodes: vineppo(engine, grader, episodes, s),
+        "vineppo": lambda episodes: values.set_advantages(episodes),
         "ppo": lambda episodes: critic.set_advantages(episodes),
         "grpo": lambda episodes: groups.set_advantages(episodes, groups.grpo, s.responses_per_prompt),
         "rloo": lambda episodes: groups.set_advantages(episodes, groups.rloo, s.responses_per_prompt),
@@ -498,15 +540,18 @@ def train_run(s, run, tokenizer, train, test, too_long):
     progress = tqdm(range(first, s.iterations), initial=first, total=s.iterations, disable=rank != 0, unit="it", dynamic_ncols=True)
     for iteration in progress:
         phases, cache = Phases(), engine.prefix_cache_counts()
+        values = Values(engine, grader, s) if s.algorithm == "vineppo" else None
         grader.counts = dict.fromkeys(grader.counts, 0)
         drawn = random.Random(s.seed * 1_000_003 + iteration).choices(train, k=s.prompts_per_iteration)  # with replacement, as the paper
         with phases("sample"):
-            episodes = sample_responses(engine, grader, drawn[rank::world], s)
+            episodes = sample_responses(engine, grader, drawn[engine.group :: engine.groups], s, values)
+        share = episodes_per_iteration // world
+        episodes = episodes[rank % s.tensor_parallel_size * share :][:share]  # ranks that share an engine share its responses out
         if critic:
             engine.sleep()  # the network takes its turn on the GPU
         with phases("values"):
             vined = set_advantages(episodes)
-        tokens = dict(sample=sum(len(e["response_ids"]) for e in episodes), values=vined["tokens"] if vined else 0)
+        tokens = dict(sample=sum(len(e["response_ids"]) for e in episodes), values=vined["tokens"] if vined and engine.leads else 0)
         tokens["train"] = s.epochs * (tokens["sample"] + sum(len(e["prompt_ids"]) for e in episodes))
         cache = [after - before for after, before in zip(engine.prefix_cache_counts(), cache)]
         engine.sleep()
@@ -523,7 +568,8 @@ def train_run(s, run, tokenizer, train, test, too_long):
                 accuracy, _, tokens["evaluate"] = evaluate(engine, grader, test, s)
             update["accuracy"] = accuracy
 
-        metrics = iteration_metrics(iteration + 1, episodes, vined, update, phases.seconds, tokens, grader.counts, cache)
+        rollouts = (vined, grader.counts, cache) if engine.leads else None
+        metrics = iteration_metrics(iteration + 1, episodes, rollouts, update, phases.seconds, tokens)
         if rank == 0:
             log.write(json.dumps({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in metrics.items()}) + "\n")
             report(iteration + 1, metrics)
@@ -538,14 +584,15 @@ def train_run(s, run, tokenizer, train, test, too_long):
     shut_down(engine, grader)
 
 
-def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grader_counts, cache):
-    """One line of metrics.jsonl, over all ranks; every rank calls it."""
-    episodes = over_ranks([{k: e[k] for k in ("reward", "finished", "advantages")} for e in episodes])
+def iteration_metrics(iteration, episodes, rollouts, update, seconds, tokens):
+    """One line of metrics.jsonl, over all ranks; every rank calls it. rollouts: None on a rank whose engine is counted by another."""
+    episodes = over_ranks([{k: e.get(k) for k in ("reward", "finished", "advantages", "states")} for e in episodes])
+    vined, counts, cache = rollouts or (None, None, None)
     vined = vined and vined | dict(rollouts=len(vined["rollouts"]))
-    parts = over_ranks([(vined, seconds, tokens, grader_counts, cache)])
-    vineds, seconds, tokens, counts, caches = ([part[i] for part in parts] for i in range(5))
+    vineds, counts, caches = zip(*over_ranks([(vined, counts, cache)] if rollouts else []))
+    ranks, tokens = zip(*over_ranks([(seconds, tokens)]))
     advantages = [a for e in episodes for a in e["advantages"]]
-    seconds = {name: max(rank[name] for rank in seconds) for name in seconds[0]}
+    seconds = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
     tokens = {name: sum(rank[name] for rank in tokens) for name in tokens[0]}
     metrics = dict(
         iteration=iteration,
@@ -554,11 +601,13 @@ def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grade
         zero_advantages=statistics.mean(a == 0 for a in advantages),  # share of the action tokens
         prefix_cache_hit_rate=sum(found for _, found in caches) / sum(looked_up for looked_up, _ in caches),  # of prompt tokens
         tokens_per_second=(tokens["sample"] + tokens["values"]) / (seconds["sample"] + seconds["values"]),
+        idle=1
+        - statistics.mean(rank["sample"] + rank["values"] for rank in ranks) / max(rank["sample"] + rank["values"] for rank in ranks),
     )
-    if vined:
+    if vineds[0]:
         values = [v for rank in vineds for v in rank["values"]]
         metrics |= dict(
-            steps_per_response=sum(rank["steps"] for rank in vineds) / len(episodes),
+            steps_per_response=statistics.mean(len(e["states"]) for e in episodes),
             states=len(values),
             rollouts=sum(rank["rollouts"] for rank in vineds),
             value_mean=statistics.mean(values),
@@ -569,7 +618,7 @@ def iteration_metrics(iteration, episodes, vined, update, seconds, tokens, grade
         | update
         | {f"seconds_{name}": value for name, value in seconds.items()}  # of the slowest rank
         | {f"tokens_{name}": value for name, value in tokens.items()}
-        | {f"answers_{name}": sum(rank[name] for rank in counts) for name in grader_counts}
+        | {f"answers_{name}": sum(rank[name] for rank in counts) for name in counts[0]}
     )
 
 

@@ -8,7 +8,7 @@ that continue from it (arXiv 2410.01679, section 4):
 
 Every token of step t gets A_t. In the order of the calls:
 
-    split_steps -> token_starts -> token_boundaries -> distinct_states -> (the engine's rollouts) -> step_advantages -> token_advantages
+    split_steps -> token_starts -> token_boundaries -> number_states -> (the engine's rollouts) -> step_advantages -> token_advantages
 """
 
 import re
@@ -177,18 +177,15 @@ def token_boundaries(steps, starts):
 # --- states, values, advantages -------------------------------------------------------------------------------------------------
 
 
-def distinct_states(prompts, responses, boundaries, max_steps=None):
-    """The states of a batch of responses, each distinct one once.
+def number_states(numbers, prompt, response, boundaries, max_steps=None):
+    """The numbers of a response's states s_t, t = 0..T-1, each distinct state of a batch having one; None from max_steps on.
 
-    prompts, responses: token ids of each response; boundaries: its token boundaries. States are cut out of the sampled ids, never
-    tokenized again. Returns (states, indices): states is a list of (prompt ids, prefix ids); indices[i][t] tells which of them is
-    s_t of response i, t = 0..T-1, or None from max_steps on (max_step_for_value_estimation of the released configs).
+    prompt, response: token ids; boundaries: the response's token boundaries. numbers: a dict (prompt ids, prefix ids) -> number, both
+    tuples, to which the states are added that are new. They are cut out of the sampled ids, never tokenized again. max_steps:
+    max_step_for_value_estimation of the released configs.
     """
-    number, indices = {}, []
-    for prompt, response, cuts in zip(prompts, responses, boundaries):
-        states = [(tuple(prompt), tuple(response[:cut])) for cut in cuts[:-1]]
-        indices.append([number.setdefault(s, len(number)) if max_steps is None or t < max_steps else None for t, s in enumerate(states)])
-    return [(list(prompt), list(prefix)) for prompt, prefix in number], indices
+    states = [(tuple(prompt), tuple(response[:cut])) for cut in boundaries[:-1]]
+    return [numbers.setdefault(s, len(numbers)) if max_steps is None or t < max_steps else None for t, s in enumerate(states)]
 
 
 def monte_carlo_values(rewards):

@@ -24,30 +24,38 @@ def gae(values, reward, gamma=1.0, lam=1.0):
     return advantages
 
 
-def value_loss(values, old_values, returns, action_mask, clip=0.2, num_tokens=None):
-    """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2). All tensors [B, T]; returns the scalar.
+def value_loss(values, old_values, returns, clip=0.2, num_tokens=None):
+    """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2). All tensors [N]; returns the scalar.
 
-    num_tokens is that of the whole minibatch over all ranks, so the losses of its micro-batches add up; None: these are the minibatch.
+    num_tokens is that of the whole minibatch over all ranks, so the losses of its micro-batches add up; None: these tokens are the minibatch.
     """
     clipped = values.clamp(old_values - clip, old_values + clip)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * (errors * action_mask).sum() / (action_mask.sum() if num_tokens is None else num_tokens)
+    return 0.5 * errors.sum() / (len(errors) if num_tokens is None else num_tokens)
 
 
 class Critic:
     """The value network and its optimizer, sharded over the ranks like the policy. The settings are those of ppo.Trainer."""
 
     def __init__(
-        self, model, device, *, total_steps, learning_rate, minibatch, micro_batch, epochs=2, gamma=1.0, gae_lambda=1.0, clip=0.2,
-        max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, seed=0,
+        self, model, device, *, total_steps, learning_rate, minibatch, micro_batch_tokens=8192, epochs=2, gamma=1.0, gae_lambda=1.0, clip=0.2,
+        max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, hybrid=False, seed=0,
     ):  # fmt: skip
         self.device, self.total_steps, self.peak = device, total_steps, learning_rate
-        self.minibatch, self.micro_batch, self.epochs = minibatch // dist.get_world_size(), micro_batch, epochs
+        self.minibatch, self.micro_batch_tokens, self.epochs = minibatch // dist.get_world_size(), micro_batch_tokens, epochs
         self.gamma, self.gae_lambda, self.clip, self.max_grad_norm, self.seed, self.step = gamma, gae_lambda, clip, max_grad_norm, seed, 0
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # else it reports that the folder has no value head
         self.model = ppo.load_sharded(
-            model, device, True, bfloat16, checkpoint_activations, AutoModelForTokenClassification, num_labels=1, classifier_dropout=0.0
+            model,
+            device,
+            True,
+            bfloat16,
+            checkpoint_activations,
+            hybrid,
+            AutoModelForTokenClassification,
+            num_labels=1,
+            classifier_dropout=0.0,
         )
         logging.set_verbosity(verbosity)
         for name, parameter in self.model.named_parameters():
@@ -55,22 +63,22 @@ class Critic:
                 torch.nn.init.zeros_(parameter)  # from_pretrained draws the missing head at random, on each rank anew
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
 
-    def _values(self, input_ids):
-        """V of the state before each next token: [B, T] ids -> [B, T-1], float32."""
-        return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1, 0].float()
+    def _values(self, micro):
+        """V of the state before each action token of a micro-batch: [N], float32."""
+        return self.model(**micro["inputs"], use_cache=False).logits[0, micro["positions"], 0].float()
 
     @torch.no_grad()
     def set_advantages(self, episodes):
         """Set the token advantages of this rank's episodes (dicts with prompt_ids, response_ids, reward), their values and returns."""
         batch = ppo.collate(episodes, [], self.device)
-        for rows in torch.arange(len(episodes)).split(self.micro_batch):
-            values = self._values(ppo.micro_batch(batch, rows)["input_ids"]).cpu()
-            for i, row in zip(rows.tolist(), values):
-                e = episodes[i]
-                start = len(e["prompt_ids"]) - 1
-                e["values"] = row[start : start + len(e["response_ids"])].tolist()
-                e["advantages"] = gae(e["values"], e["reward"], self.gamma, self.gae_lambda)
-                e["returns"] = [a + v for a, v in zip(e["advantages"], e["values"])]
+        values = torch.zeros(batch["spans"][-1][1], device=self.device)
+        for m in ppo.micro_batches(batch, range(len(episodes)), self.micro_batch_tokens):
+            values[m["tokens"]] = self._values(m)
+        values = values.tolist()
+        for e, (start, stop) in zip(episodes, batch["spans"]):
+            e["values"] = values[start:stop]
+            e["advantages"] = gae(e["values"], e["reward"], self.gamma, self.gae_lambda)
+            e["returns"] = [a + v for a, v in zip(e["advantages"], e["values"])]
         self.model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
 
     def update(self, episodes):
@@ -84,9 +92,8 @@ class Critic:
             num_tokens, _ = ppo.count_over_ranks(batch, rows)
             self.optimizer.zero_grad()
             total = torch.zeros((), device=self.device)
-            for micro in rows.split(self.micro_batch):
-                m = ppo.micro_batch(batch, micro)
-                loss = value_loss(self._values(m["input_ids"]), m["values"], m["returns"], m["action_mask"], self.clip, num_tokens)
+            for m in ppo.micro_batches(batch, rows, self.micro_batch_tokens):
+                loss = value_loss(self._values(m), m["values"], m["returns"], self.clip, num_tokens)
                 (loss * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks; the minibatch's gradient is their sum
                 total += loss.detach()
             losses.append(ppo.sum_over_ranks(total).item())
@@ -97,7 +104,7 @@ class Critic:
                 self.optimizer.step()
             self.step += 1
         mean = {"value_loss": losses, "critic_grad_norm": norms}
-        return {name: sum(x) / len(x) for name, x in mean.items()} | {"explained_variance": explained_variance(batch)}
+        return {name: sum(x) / len(x) for name, x in mean.items()} | {"explained_variance": explained_variance(batch["tokens"])}
 
     def save(self, folder):
         """Write the sharded weights and optimizer state, all ranks together; load reads them back, on any number of ranks."""
@@ -107,11 +114,10 @@ class Critic:
         self.step = ppo.load_state(folder, self.model, self.optimizer)
 
 
-def explained_variance(batch):
-    """1 - Var(G - V) / Var(G) over the action tokens of all ranks; 0 where the returns are all equal. batch: returns, values [N, T]."""
-    mask = batch["action_mask"].double()
-    returns, errors = batch["returns"].double(), (batch["returns"] - batch["values"]).double()
-    sums = [mask.sum(), *(((x**power) * mask).sum() for x in (returns, errors) for power in (1, 2))]
+def explained_variance(tokens):
+    """1 - Var(G - V) / Var(G) over the action tokens of all ranks; 0 where the returns are all equal. tokens: returns, values [N]."""
+    returns, errors = tokens["returns"].double(), (tokens["returns"] - tokens["values"]).double()
+    sums = [returns.new_tensor(len(returns)), *((x**power).sum() for x in (returns, errors) for power in (1, 2))]
     n, g, gg, e, ee = ppo.sum_over_ranks(torch.stack(sums)).tolist()
     variance = gg / n - (g / n) ** 2
     return 1 - (ee / n - (e / n) ** 2) / variance if variance > 1e-12 else 0.0

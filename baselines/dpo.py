@@ -51,7 +51,8 @@ def pairs_of(episodes, cap, seed):
 def response_logprobs(model, episodes, device):
     """log pi(response | prompt) of each episode: [B]."""
     batch = ppo.collate(episodes, [], device)
-    return (ppo.token_logprobs(model, batch["input_ids"]) * batch["action_mask"]).sum(-1)
+    logprobs = ppo.token_logprobs(model, ppo.micro_batch(batch, range(len(episodes))))
+    return torch.stack([part.sum() for part in logprobs.split([stop - start for start, stop in batch["spans"]])])
 
 
 def train_round(s, episodes, policy, device):

@@ -48,7 +48,7 @@ class Settings:
     bfloat16: bool | None = setting(None, "compute in bfloat16, weights and optimizer in float32; default: on GPUs only")
     activation_checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, a third more time")
     gpu_memory: float = setting(0.6, "share of each GPU for the engine's weights and KV cache while it samples")
-    max_sequences: int = setting(256, "responses that a rank's engine writes at a time")
+    max_sequences: int | None = setting(None, "responses that a rank's engine writes at a time; default: vLLM's for the device")
     grader_workers: int = setting(2, "processes per rank that compare symbolic answers")
 
 
@@ -90,7 +90,7 @@ def _rounds(s, run, tokenizer, training, test, train_round):
 
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = Engine(
-        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=s.seed * 1000 * world + rank,
+        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=s.seed * 1000,
         bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
     )  # fmt: skip
     grader = Grader(s.grader_workers)

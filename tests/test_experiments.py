@@ -6,8 +6,11 @@ import re
 import statistics
 
 import pytest
+import torch
 from conftest import python
+from transformers import AutoModelForCausalLM
 
+import ppo
 import train
 from experiments import compare, show, values
 
@@ -198,6 +201,20 @@ def test_the_limit_of_large_k_takes_out_what_falls_as_one_over_k():
     assert values.limit_of_large_k(batches) == pytest.approx([2.0, 5.0, 1.0])
     ratio, error = values.ratio_and_error([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], random.Random(0))
     assert ratio == pytest.approx(2.0) and error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, device):
+    """One after the other, as for several estimators on the same responses; against plain autograd."""
+    model, plain = ppo.load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
+    episodes = [dict(prompt_ids=[1, 4 + i], response_ids=[5, 6 + i, 7]) for i in range(3)]
+    for advantages in ([[1.0, 0.5, -1.0]] * 3, [[0.0] * 3, [2.0, 0.0, 0.0], [0.0, -1.0, 0.0]]):
+        plain.zero_grad()
+        for e, a in zip(episodes, advantages):
+            ids = torch.tensor([e["prompt_ids"] + e["response_ids"]])
+            logprobs = (plain(ids).logits[0, 1:-1] / 0.7).log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
+            (-(logprobs * torch.tensor(a)).sum() / 3).backward()
+        expected = sum((p.grad**2).sum() for p in plain.parameters()).item()
+        assert values.squared_gradient(model, episodes, advantages, 0.7, device) == pytest.approx(expected, rel=1e-4)
 
 
 def test_values_refuses_what_is_no_checkpoint(tmp_path):

@@ -1,52 +1,50 @@
 """The loss against autograd on the plain formula; the update against itself in other micro-batches and on other numbers of ranks."""
 
 import math
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import torchrun
-from transformers import AutoModelForCausalLM
+from conftest import python, torchrun
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, MistralForCausalLM
 
 import ppo
 
 
-def random_batch(seed=0, shape=(3, 7)):
+def random_tokens(count=15, seed=0):
     g = torch.Generator().manual_seed(seed)
-    logprobs, old, ref = (-torch.rand(shape, generator=g) * 3 for _ in range(3))
-    mask = (torch.rand(shape, generator=g) < 0.7).float()
-    return logprobs, old, ref, torch.randn(shape, generator=g), mask
+    logprobs, old, ref = (-torch.rand(count, generator=g) * 3 for _ in range(3))
+    return logprobs, old, ref, torch.randn(count, generator=g)
 
 
 @pytest.mark.parametrize("clip,kl_coef", [(0.2, 1e-4), (0.05, 0.5), (10.0, 0.0)])
 def test_loss_and_gradient_equal_the_plain_formula(clip, kl_coef):
-    logprobs, old, ref, advantages, mask = random_batch()
+    logprobs, old, ref, advantages = random_tokens()
     a, b = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
-    loss, metrics = ppo.ppo_loss(a, old, ref, advantages, mask, clip, kl_coef)
+    loss, metrics = ppo.ppo_loss(a, old, ref, advantages, 3, None, clip, kl_coef)
 
     policy, kl = 0.0, 0.0  # one token at a time, as the paper writes it
-    for i in range(mask.shape[0]):
-        for t in range(mask.shape[1]):
-            if mask[i, t]:
-                ratio = torch.exp(b[i, t] - old[i, t])
-                clipped = torch.minimum(torch.maximum(ratio, torch.tensor(1 - clip)), torch.tensor(1 + clip))
-                policy = policy + torch.maximum(-advantages[i, t] * ratio, -advantages[i, t] * clipped)
-                d = ref[i, t] - b[i, t]
-                kl = kl + torch.clamp(torch.exp(d) - d - 1, 0, 10)
-    plain = policy / mask.sum() + kl_coef * kl / mask.shape[0]
+    for t in range(len(b)):
+        ratio = torch.exp(b[t] - old[t])
+        clipped = torch.minimum(torch.maximum(ratio, torch.tensor(1 - clip)), torch.tensor(1 + clip))
+        policy = policy + torch.maximum(-advantages[t] * ratio, -advantages[t] * clipped)
+        d = ref[t] - b[t]
+        kl = kl + torch.clamp(torch.exp(d) - d - 1, 0, 10)
+    plain = policy / len(b) + kl_coef * kl / 3
     loss.backward()
     plain.backward()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(a.grad, b.grad)
-    assert metrics["policy_loss"].item() == pytest.approx((policy / mask.sum()).item(), abs=1e-6)
-    assert (a.grad[mask == 0] == 0).all()
+    assert metrics["policy_loss"].item() == pytest.approx((policy / len(b)).item(), abs=1e-6)
 
 
 def test_metrics_mean_what_their_names_say():
-    ratio = torch.tensor([[1.0, 1.5, 0.5, 1.5]])
-    old = torch.zeros(1, 4)
-    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-    _, metrics = ppo.ppo_loss(ratio.log(), old, old, advantages, torch.ones(1, 4))
+    ratio, advantages, old = torch.tensor([1.0, 1.5, 0.5, 1.5]), torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.zeros(4)
+    _, metrics = ppo.ppo_loss(ratio.log(), old, old, advantages, 1)
     assert metrics["ratio"].item() == pytest.approx(4.5 / 4)
     assert metrics["clip_fraction"].item() == 0.5  # the second and the third; for the last the bound does not bite
     expected = sum(r - 1 - math.log(r) for r in (1.0, 1.5, 0.5, 1.5)) / 4
@@ -54,64 +52,98 @@ def test_metrics_mean_what_their_names_say():
 
 
 def test_kl_is_k3_and_clipped_to_ten():
-    logprobs = torch.tensor([[-5.0, -1.0]], requires_grad=True)
-    ref = torch.tensor([[-1.0, -1.5]])  # d = 4 would give 49.6; d = -0.5
-    loss, _ = ppo.ppo_loss(logprobs, logprobs.detach(), ref, torch.zeros(1, 2), torch.ones(1, 2), kl_coef=1.0)
+    logprobs = torch.tensor([-5.0, -1.0], requires_grad=True)
+    ref = torch.tensor([-1.0, -1.5])  # d = 4 would give 49.6; d = -0.5
+    loss, _ = ppo.ppo_loss(logprobs, logprobs.detach(), ref, torch.zeros(2), 1, kl_coef=1.0)
     assert loss.item() == pytest.approx(10 + math.exp(-0.5) + 0.5 - 1)
     loss.backward()
-    assert logprobs.grad[0, 0] == 0 and logprobs.grad[0, 1].item() == pytest.approx(1 - math.exp(-0.5))
-
-
-def test_padding_may_hold_anything():
-    logprobs, old, ref, advantages, mask = random_batch()
-    clean = [t.clone() for t in (logprobs, old, ref, advantages)]
-    for t, value in zip((logprobs, old, ref, advantages), (float("-inf"), float("nan"), float("inf"), float("nan"))):
-        t[mask == 0] = value
-    logprobs.requires_grad_()
-    loss, _ = ppo.ppo_loss(logprobs, old, ref, advantages, mask)
-    loss.backward()
-    torch.testing.assert_close(loss, ppo.ppo_loss(*clean, mask)[0])
-    assert logprobs.grad.isfinite().all()
+    assert logprobs.grad[0] == 0 and logprobs.grad[1].item() == pytest.approx(1 - math.exp(-0.5))
 
 
 def test_losses_of_micro_batches_add_up():
-    batch = random_batch(shape=(6, 7))
-    mask = batch[-1]
-    whole, metrics = ppo.ppo_loss(*batch)
-    parts = [ppo.ppo_loss(*[t[i : i + 2] for t in batch], num_tokens=mask.sum(), num_responses=6) for i in (0, 2, 4)]
+    tokens = random_tokens()
+    whole, metrics = ppo.ppo_loss(*tokens, 6)
+    parts = [ppo.ppo_loss(*[t[a:b] for t in tokens], 6, 15) for a, b in ((0, 4), (4, 4), (4, 15))]  # one is empty
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
     for name, value in metrics.items():
         torch.testing.assert_close(sum(m[name] for _, m in parts), value)
 
 
 def test_whiten_has_mean_zero_and_unbiased_variance_one():
-    *_, advantages, mask = random_batch(shape=(5, 9))
-    white = ppo.whiten(advantages * 3 + 7, mask)
-    inside = white[mask.bool()]
-    assert inside.mean().item() == pytest.approx(0, abs=1e-6)
-    assert inside.var(unbiased=True).item() == pytest.approx(1, rel=1e-5)
-    assert (white[mask == 0] == 0).all()
-    assert (ppo.whiten(torch.full((2, 3), 0.7), torch.ones(2, 3)).abs() < 1e-6).all()  # all equal: nothing to learn, no NaN
-    assert (ppo.whiten(torch.ones(2, 3), torch.zeros(2, 3)) == 0).all()
-
-
-def test_token_logprobs_are_those_of_the_tempered_softmax_and_ignore_right_padding(tiny_model):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    ids = torch.tensor([[1, 5, 9, 4, 7], [1, 3, 8, 0, 0]])
-    for temperature in (0.6, 1.0, 1.7):
-        got = ppo.token_logprobs(model, ids, temperature=temperature)
-        assert got.shape == (2, 4)
-        for row, length in ((0, 5), (1, 3)):
-            logits = model(ids[row : row + 1, :length]).logits[0].double() / temperature
-            for t in range(length - 1):
-                expected = logits[t, ids[row, t + 1]] - logits[t].logsumexp(0)
-                assert got[row, t].item() == pytest.approx(expected.item(), abs=1e-5)
+    white = ppo.whiten(torch.randn(45) * 3 + 7)
+    assert white.mean().item() == pytest.approx(0, abs=1e-6)
+    assert white.var(unbiased=True).item() == pytest.approx(1, rel=1e-5)
+    assert (ppo.whiten(torch.full((6,), 0.7)).abs() < 1e-6).all()  # all equal: nothing to learn, no NaN
 
 
 def test_entropy_of_a_uniform_and_a_tempered_distribution():
-    assert ppo.token_entropy(torch.zeros(1, 1, 8)).item() == pytest.approx(math.log(8))
+    assert ppo.token_entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
     p = torch.tensor([0.2, 0.3, 0.5])
-    assert ppo.token_entropy(2 * p.log()[None, None], temperature=2.0).item() == pytest.approx(-(p * p.log()).sum().item())
+    assert ppo.token_entropy(2 * p.log()[None], temperature=2.0).item() == pytest.approx(-(p * p.log()).sum().item())
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_model, device, monkeypatch):
+    """Neighbours in the row do not see each other; neither the chunks of the head nor the empty pass change anything."""
+    monkeypatch.setattr(ppo, "LOGITS", 3 * 20)  # chunks of a few tokens
+    model, plain = ppo.load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
+    batch = ppo.collate(episodes(), ["advantages"], device)
+    m = ppo.micro_batch(batch, [5, 0, 3])
+    got = ppo.token_logprobs(model, m, temperature=0.6)
+    expected = []
+    for i in (5, 0, 3):
+        e = episodes()[i]
+        ids = torch.tensor(e["prompt_ids"] + e["response_ids"])
+        logits = plain(ids[None]).logits[0].double() / 0.6
+        expected += [logits[t - 1, ids[t]] - logits[t - 1].logsumexp(0) for t in range(len(e["prompt_ids"]), len(ids))]
+    expected = torch.stack(expected)
+    torch.testing.assert_close(got, expected.float(), atol=1e-5, rtol=1e-5)
+    assert m["advantages"].tolist() == pytest.approx([a for i in (5, 0, 3) for a in episodes()[i]["advantages"]])
+    (got * m["advantages"]).sum().backward()
+    (expected * m["advantages"]).sum().backward()
+    empty = ppo.token_logprobs(model, ppo.micro_batch(batch, [2], actions=False))
+    assert len(empty) == 0
+    empty.sum().backward()  # all parameters take part, so that FSDP's passes are the same on all ranks
+    for (name, a), b in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad.full_tensor(), b.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_sliding_window_is_kept(tiny_model, device, tmp_path):
+    config = MistralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=4, head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = MistralForCausalLM(config)
+    plain.save_pretrained(tmp_path)
+    model = ppo.load_sharded(tmp_path, device)
+    m = ppo.micro_batch(ppo.collate(episodes(), [], device), [3, 4])
+    row, _ = m["inputs"]["input_ids"][0].split(m["inputs"]["lengths"])
+    expected = plain(row[None]).logits[0].log_softmax(-1).gather(1, row[1:, None].cpu())[len(episodes()[3]["prompt_ids"]) - 1 :, 0]
+    torch.testing.assert_close(ppo.token_logprobs(model, m)[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_that_the_model_changes_behind_the_head_are_refused(device, tmp_path):
+    Gemma2Config(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        ppo.load_sharded(tmp_path, device)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 500))
+def test_micro_batches_hold_each_episode_once_within_the_budget(lengths, budget):
+    lengths = sorted(lengths, reverse=True)
+    count = ppo.fewest_parts(lengths, budget)
+    parts = ppo.fill_evenly(lengths, count)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths))) and len(parts) == count
+    assert max(sum(lengths[i] for i in part) for part in parts) <= max(budget, lengths[0])
+    if budget >= lengths[0]:  # at least half full on average, or one part
+        assert count == 1 or sum(lengths) / count >= budget / 2
+    more = ppo.fill_evenly(lengths, count + 3)  # another rank needs more passes
+    assert sorted(i for part in more for i in part) == list(range(len(lengths))) and len(more) == count + 3
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
@@ -138,7 +170,7 @@ def episodes(count=8):
 
 def updated_weights(model, device, rank=0, world=1, **changes):
     """Weights after two epochs of one minibatch of all eight episodes, spread over the ranks."""
-    options = dict(total_steps=4, learning_rate=1e-2, minibatch=8, micro_batch=8, epochs=2, temperature=0.7, kl_coef=0.1)
+    options = dict(total_steps=4, learning_rate=1e-2, minibatch=8, micro_batch_tokens=1000, epochs=2, temperature=0.7, kl_coef=0.1)
     trainer = ppo.Trainer(model, device, **(options | changes))
     metrics = trainer.update(episodes()[rank::world])
     return {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}, metrics
@@ -164,9 +196,9 @@ def assert_same_update(got, expected, model):
             assert got[1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_the_micro_batch_size_does_not_change_the_update(tiny_model, device, reference_update, micro_batch):
-    assert_same_update(updated_weights(tiny_model, device, micro_batch=micro_batch), reference_update, tiny_model)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_micro_batch_size_does_not_change_the_update(tiny_model, device, reference_update, tokens):
+    assert_same_update(updated_weights(tiny_model, device, micro_batch_tokens=tokens), reference_update, tiny_model)
 
 
 def test_activation_checkpointing_does_not_change_the_update(tiny_model, device, reference_update):
@@ -177,6 +209,23 @@ def test_two_ranks_make_the_update_of_one(tiny_model, reference_update, tmp_path
     done = torchrun(2, __file__, tiny_model, tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr
     assert_same_update(torch.load(tmp_path / "two.pt"), reference_update, tiny_model)
+
+
+def test_two_machines_that_hold_a_copy_each_make_the_update_of_one(tiny_model, reference_update, tmp_path):
+    """Hybrid sharding, on two machines of one rank each: what FSDP2 replicates stays equal."""
+    port = free_port()
+    nodes = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    run = lambda rank: python(*nodes, "--node_rank", rank, __file__, tiny_model, tmp_path / "hybrid.pt", "hybrid")
+    with ThreadPoolExecutor(2) as threads:
+        for done in threads.map(run, range(2)):
+            assert done.returncode == 0, done.stderr
+    assert_same_update(torch.load(tmp_path / "hybrid.pt"), reference_update, tiny_model)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def test_the_update_equals_plain_torch(tiny_model, device, reference_update):
@@ -211,7 +260,7 @@ def test_the_update_equals_plain_torch(tiny_model, device, reference_update):
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(tiny_model, device):
-    trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, micro_batch=8, epochs=1)
+    trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=1)
     before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}
     broken = episodes()
     broken[3]["advantages"][0] = float("inf")
@@ -221,7 +270,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(tiny_model, device
 
 
 def test_a_step_whose_mean_ratio_is_too_large_is_skipped(tiny_model, device):
-    trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, micro_batch=8, epochs=2)
+    trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=2)
     before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}
     trainer.MAX_RATIO = 0.5  # every ratio of the first step is 1
     assert trainer.update(episodes())["skipped_steps"] == 2
@@ -230,7 +279,7 @@ def test_a_step_whose_mean_ratio_is_too_large_is_skipped(tiny_model, device):
 
 
 def test_saved_training_state_continues_as_if_never_interrupted(tiny_model, device, tmp_path):
-    options = dict(total_steps=8, learning_rate=1e-2, minibatch=4, micro_batch=4, epochs=2, seed=5)
+    options = dict(total_steps=8, learning_rate=1e-2, minibatch=4, epochs=2, seed=5)
     straight, first = (ppo.Trainer(tiny_model, device, **options) for _ in range(2))
     straight.update(episodes())
     straight.update(episodes())
@@ -258,9 +307,12 @@ def test_a_saved_model_loads_with_transformers(tiny_model, device, tokenizer, tm
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
 
 
-if __name__ == "__main__":  # one rank of test_two_ranks_make_the_update_of_one
+if __name__ == "__main__":  # one of two ranks
     device = ppo.init_distributed()
-    result = updated_weights(sys.argv[1], device, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    hybrid = len(sys.argv) > 3
+    result = updated_weights(sys.argv[1], device, torch.distributed.get_rank(), torch.distributed.get_world_size(), hybrid=hybrid)
+    mesh = ppo.device_mesh(device, hybrid)
+    assert mesh.shape == ((2, 1) if hybrid else (2,))
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
     torch.distributed.destroy_process_group()

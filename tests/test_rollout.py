@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import ppo
 
@@ -25,9 +26,10 @@ def gap(engine, model, prompt=PROMPT):
     """Mean |engine's - trainer's| log-probability of sampled tokens, as ppo's logprob_gap."""
     differences = []
     for c in engine.generate([prompt], 8, 24, 0.7, logprobs=True)[0]:
-        ids = torch.tensor([prompt + c.token_ids])
         with torch.no_grad():
-            expected = ppo.token_logprobs(model, ids)[0, len(prompt) - 1 :]
+            expected = ppo.token_logprobs(
+                model, ppo.micro_batch(ppo.collate([dict(prompt_ids=prompt, response_ids=c.token_ids)], [], "cpu"), [0])
+            )
         differences.append((expected - torch.tensor(c.logprobs)).abs())
     return torch.cat(differences).mean().item()
 
@@ -57,11 +59,11 @@ def test_a_refused_reset_of_the_prefix_cache_is_an_error(engine, models, monkeyp
         engine.load_weights(ppo.full_tensors(models[0]))
 
 
-def test_the_sampled_distribution_is_the_tempered_softmax(engine, models):
+def test_the_sampled_distribution_is_the_tempered_softmax(engine, models, tiny_model):
     """4,000 first tokens against the exact probabilities at temperature 0.5: a chi-squared test."""
     samples = [c.token_ids[0] for c in engine.generate([PROMPT], 4000, 1, 0.5)[0]]
     with torch.no_grad():
-        p = (models[0](torch.tensor([PROMPT])).logits[0, -1].double() / 0.5).softmax(0)
+        p = (AutoModelForCausalLM.from_pretrained(tiny_model)(torch.tensor([PROMPT])).logits[0, -1].double() / 0.5).softmax(0)
     counts = torch.bincount(torch.tensor(samples), minlength=len(p))
     statistic = ((counts - 4000 * p) ** 2 / (4000 * p)).sum().item()
     assert statistic < 50  # 20 degrees of freedom: exceeded with probability 2e-4
@@ -89,3 +91,19 @@ def test_prefixes_come_from_the_cache(engine, models):
     after = engine.prefix_cache_counts()
     assert after[0] - looked_up == 2 * len(PROMPT) + 2
     assert after[1] - found == len(PROMPT) // 32 * 32  # whole blocks of 32 tokens
+
+
+def test_requests_may_come_while_others_are_written(engine, models):
+    """Greedy, so that each completion can be compared with the one it would have alone."""
+    prompts = [[1, 5, 9, 13], PROMPT[:20], [1, 7, 6, 3, 8]]
+    alone = engine.generate(prompts, 1, [60, 60, 20], 0.0)
+    engine.submit("a", prompts[0], 1, 60, 0.0)
+    engine.submit("b", prompts[1], 1, 60, 0.0)
+    done, start = {}, engine.steps
+    while engine.running:
+        if engine.steps == start + 3:
+            engine.submit(("late", 1), prompts[2], 1, 20, 0.0)
+        done |= engine.step()
+    assert [done[key][0].token_ids for key in ("a", "b", ("late", 1))] == [c.token_ids for (c,) in alone]
+    longest = max(len(c.token_ids) for (c,) in alone)
+    assert longest <= engine.steps - start <= longest + 30  # beside each other, not one after the other

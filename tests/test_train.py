@@ -31,7 +31,7 @@ class ScriptedEngine:
     stop = []
 
     def __init__(self, script):
-        self.script, self.requests = script, []
+        self.script, self.requests, self.running = script, [], {}
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i)
@@ -41,10 +41,14 @@ class ScriptedEngine:
     def stops(self, ids):
         return False
 
-    def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
-        self.requests.append((prompts, n, limits))
-        return [[self.complete(self.decode(ids), limit, k) for k in range(n)] for ids, limit in zip(prompts, limits)]
+    def submit(self, key, prompt, n, max_tokens, temperature, top_p=1.0, logprobs=False):
+        self.requests.append((key, prompt, n, max_tokens))
+        first = key[1] if key[0] == "response" else 0
+        self.running[key] = [self.complete(self.decode(prompt), max_tokens, first + k) for k in range(n)]
+
+    def step(self):
+        key = next(reversed(self.running))  # the latest request ends first
+        return [(key, self.running.pop(key))]
 
     def complete(self, text, limit, k):
         ids = [*map(ord, self.script(text, k)), 0]
@@ -61,12 +65,14 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit():
 
     s = train.Settings(responses_per_prompt=2, K=4, step_credit="paper", max_tokens=14, temperature=1.0, top_p=1.0)
     engine, grader = ScriptedEngine(script), Grader()
-    problem = SimpleNamespace(answer="b", prompt="?")
-    episodes = train.sample_responses(engine, grader, [(problem, [ord("?")])], s)
+    problem, values = SimpleNamespace(answer="b", prompt="?"), train.Values(engine, grader, s)
+    episodes = train.sample_responses(engine, grader, [(problem, [ord("?")])], s, values)
     assert [e["reward"] for e in episodes] == [0.0, 1.0] and all(e["finished"] for e in episodes)
-    vined = train.vineppo(engine, grader, episodes, s)
-    prompts, n, limits = engine.requests[1]
-    assert n == 4 and sorted(map(engine.decode, prompts)) == ["?", "?a", "?a\nb", "?a\nx"]  # each distinct state once
+    kinds = [key[0] for key, *_ in engine.requests]
+    assert kinds == ["response"] * 2 + ["rollouts"] * 4  # the last of them after rollouts of the response that ended first
+    vined = values.set_advantages(episodes)
+    _, prompts, n, limits = zip(*engine.requests[2:])
+    assert set(n) == {4} and sorted(map(engine.decode, prompts)) == ["?", "?a", "?a\nb", "?a\nx"]  # each distinct state once
     assert all(limit == 14 - (len(prompt) - 1) for prompt, limit in zip(prompts, limits))
     assert (
         len(vined["rollouts"]) == 16 and vined["tokens"] == sum(14 - (len(prompt) - 1) for prompt in prompts for _ in range(4)) - 4 * 4 * 1
@@ -77,9 +83,10 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit():
     assert wrong["advantages"] == [0.0] * 1 + [-0.5] * 2 + [0.0] * 10
     assert_stored(show.record(episodes, vined["rollouts"], engine.decode))
     s.max_tokens = 12  # one too few: nothing ends, so nothing is right
-    cut = train.sample_responses(engine, grader, [(problem, [ord("?")])], s)
+    values = train.Values(engine, grader, s)
+    cut = train.sample_responses(engine, grader, [(problem, [ord("?")])], s, values)
     assert [e["reward"] for e in cut] == [0.0, 0.0] and not any(e["finished"] for e in cut)
-    train.vineppo(engine, grader, cut, s)
+    values.set_advantages(cut)
     assert all(v == 0.0 for e in cut for v in e["values"])
     grader.close()
 

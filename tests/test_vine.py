@@ -32,12 +32,13 @@ def flip_on(prefix, rng):
 def estimates(k, repeats, rng):
     """Estimates of each state's value on the fixed response 1 0 1 0 1, `repeats` times: [repeats][state]."""
     response = [1, 0, 1, 0, 1]
-    states, indices = vine.distinct_states([[9]], [response], [list(range(FLIPS + 1))])
+    numbers = {}
+    indices = vine.number_states(numbers, [9], response, list(range(FLIPS + 1)))
     result = []
     for _ in range(repeats):
-        rewards = [[float(sum(flip_on(prefix, rng)) >= 3) for _ in range(k)] for _, prefix in states]
+        rewards = [[float(sum(flip_on(list(prefix), rng)) >= 3) for _ in range(k)] for _, prefix in numbers]
         values = vine.monte_carlo_values(rewards)
-        result.append([values[i] for i in indices[0]])
+        result.append([values[i] for i in indices])
     return result
 
 
@@ -70,13 +71,15 @@ def test_states_beyond_the_cap_have_no_advantage_and_the_junction_carries_the_di
 
 def test_each_distinct_state_is_estimated_once():
     prompts, responses = [[1, 2], [1, 2], [1, 3]], [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]]
-    states, indices = vine.distinct_states(prompts, responses, [[0, 2, 3, 4], [0, 2, 3], [0, 2, 3]])
-    assert len(states) == len({(tuple(p), tuple(r)) for p, r in states}) == 5
+    boundaries, numbers = [[0, 2, 3, 4], [0, 2, 3], [0, 2, 3]], {}
+    indices = [vine.number_states(numbers, *r) for r in zip(prompts, responses, boundaries)]
+    states = list(numbers)
+    assert list(numbers.values()) == list(range(5))
     assert indices[0][:2] == indices[1]  # the prompt and the shared first step
     for prompt, response, cuts, row in zip(prompts, responses, [[0, 2, 3], [0, 2], [0, 2]], indices):
-        assert [states[i] for i in row] == [(prompt, response[:cut]) for cut in cuts]
-    _, capped = vine.distinct_states(prompts, responses, [[0, 2, 3, 4], [0, 2, 3], [0, 2, 3]], max_steps=1)
-    assert all(row[1:] == [None] * (len(row) - 1) and row[0] is not None for row in capped)
+        assert [states[i] for i in row] == [(tuple(prompt), tuple(response[:cut])) for cut in cuts]
+    capped = [vine.number_states({}, *r, max_steps=1) for r in zip(prompts, responses, boundaries)]
+    assert all(row == [0, *[None] * (len(row) - 1)] for row in capped)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------------------
