@@ -270,12 +270,13 @@ class Grader:
     """Grades with `workers` processes for the symbolic part; a pair that needs it for longer than timeout seconds is False.
 
     counts: pairs graded, answered from the cache (every distinct pair is graded once), timed_out, and texts with no_answer.
+    on_graded is called after each pair, in the thread that graded it.
     """
 
     MAX_CACHE = 500_000  # pairs
 
-    def __init__(self, workers=1, timeout=1.0):
-        self.timeout, self.cache = timeout, {}
+    def __init__(self, workers=1, timeout=1.0, on_graded=lambda: None):
+        self.timeout, self.cache, self.on_graded = timeout, {}, on_graded
         self.counts = dict(graded=0, cached=0, timed_out=0, no_answer=0)
         self._threads, self._started = ThreadPoolExecutor(workers), {}  # _started: pair -> Future
         self._idle = queue.SimpleQueue()
@@ -325,6 +326,8 @@ class Grader:
             return equal(*pair, symbolic)
         except TimeoutError:
             return None
+        finally:
+            self.on_graded()
 
     def _ask(self, answer, gold, seconds):
         """What a worker says of a pair ("equal", "different", or something else if it died of it), and the seconds it took."""

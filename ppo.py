@@ -126,16 +126,18 @@ def device_mesh(device, hybrid=False):
 
 
 def load_sharded(
-    path, device, trainable=True, bfloat16=None, checkpoint_activations=False, hybrid=False, architecture=AutoModelForCausalLM, **options
-):
+    path, device, trainable=True, bfloat16=None, checkpoint_activations=False, hybrid=False, trust_remote_code=False,
+    architecture=AutoModelForCausalLM, **options,
+):  # fmt: skip
     """A causal language model from a Hugging Face folder or hub name, sharded over all ranks layer by layer with FSDP2.
 
     A trainable model has fp32 master weights. A frozen one is kept in the compute type, and on GPUs its shards live in host memory
     and visit the GPU layer by layer while it computes. bfloat16: compute in bf16; None means on GPUs only. hybrid: see
-    device_mesh. architecture: another head of the same backbone, with its options for the configuration.
+    device_mesh. trust_remote_code: let a hub model bring code of its own. architecture: another head of the same backbone, with its options for
+    the configuration. Weights are read from safetensors alone; other formats are pickles, which can run code.
     """
     compute = compute_dtype(device, bfloat16)
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     # without dropout: the old and the new log-probabilities must be of one and the same policy
     no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))}
     for name, value in (no_dropout | options).items():
@@ -144,7 +146,9 @@ def load_sharded(
         if getattr(config, name, None):
             raise ValueError(f"{path}: its logits are the head's output changed by {name}, which map_logits does not do")
     dtype = "auto" if trainable else compute
-    model = architecture.from_pretrained(path, config=config, dtype=dtype, attn_implementation="packed")
+    model = architecture.from_pretrained(
+        path, config=config, dtype=dtype, attn_implementation="packed", trust_remote_code=trust_remote_code, use_safetensors=True
+    )
     model.requires_grad_(trainable).train(trainable)
     if checkpoint_activations:
         model.gradient_checkpointing_enable()
@@ -313,9 +317,20 @@ def minibatches(num_episodes, size, epochs, seed):
 
 
 def count_over_ranks(batch, rows):
-    """(action tokens, responses) of a minibatch over all ranks."""
+    """(action tokens, responses) of a minibatch over all ranks, to divide by."""
     tokens = sum(len(batch["episodes"][i]["response_ids"]) for i in rows)
-    return sum_over_ranks(torch.tensor([float(tokens), float(len(rows))], device=batch["device"])).tolist()
+    return sum_over_ranks(torch.tensor([float(tokens), float(len(rows))], device=batch["device"])).clamp(min=1).tolist()
+
+
+def count_skipped(in_a_row, skipped, most, numbers):
+    """Steps skipped in a row, this one included; raises RuntimeError when they are too many: nothing is learned any more."""
+    in_a_row = in_a_row + 1 if skipped else 0
+    if in_a_row >= most:
+        told = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        raise RuntimeError(
+            f"{in_a_row} optimizer steps in a row were skipped, since a number was not finite or the ratio too large; the last: {told}"
+        )
+    return in_a_row
 
 
 def save_state(folder, model, optimizer, step):
@@ -346,17 +361,20 @@ class Trainer:
     """
 
     MAX_RATIO = 10.0  # a step whose mean ratio exceeds this is skipped (paper.md)
+    MAX_SKIPPED = 32  # so many skipped in a row, two of the paper's iterations, end the run
 
     def __init__(
         self, model, device, *, total_steps, learning_rate=1e-6, minibatch=64, micro_batch_tokens=8192, epochs=2, clip=0.2, kl_coef=1e-4,
         temperature=1.0, max_grad_norm=1.0, whiten_advantages=True, bfloat16=None, checkpoint_activations=False, hybrid=False, seed=0,
+        trust_remote_code=False,
     ):  # fmt: skip
         self.device, self.total_steps, self.peak = device, total_steps, learning_rate
         self.minibatch, self.micro_batch_tokens, self.epochs = minibatch // dist.get_world_size(), micro_batch_tokens, epochs
         self.clip, self.kl_coef, self.temperature, self.max_grad_norm = clip, kl_coef, temperature, max_grad_norm
         self.whiten_advantages, self.seed, self.step, self.compute_dtype = whiten_advantages, seed, 0, compute_dtype(device, bfloat16)
-        self.model = load_sharded(model, device, True, bfloat16, checkpoint_activations, hybrid)
-        self.reference = load_sharded(model, device, False, bfloat16, False, hybrid)
+        self.skipped = 0  # steps in a row
+        self.model = load_sharded(model, device, True, bfloat16, checkpoint_activations, hybrid, trust_remote_code)
+        self.reference = load_sharded(model, device, False, bfloat16, False, hybrid, trust_remote_code)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
 
     def update(self, episodes):
@@ -364,8 +382,8 @@ class Trainer:
 
         episodes: dicts with prompt_ids, response_ids (lists of ids), advantages (one per response id, not yet whitened) and, for the
         logprob_gap metric, engine_logprobs (one per response id at temperature 1). Returns metrics over all ranks: means over the
-        minibatches of what ppo_loss and the optimizer report, and those of the episodes (entropy, kl, logprob_gap) before the update;
-        skipped_steps of this update, gradient_steps of all so far.
+        minibatches of what ppo_loss and the optimizer report, without skipped steps unless all are, and those of the episodes (entropy, kl,
+        logprob_gap) before the update; skipped_steps of this update, gradient_steps of all so far.
         """
         batch = collate(episodes, ["advantages", "engine_logprobs"], self.device)
         if self.whiten_advantages:
@@ -375,8 +393,9 @@ class Trainer:
             self._optimizer_step(batch, rows) for rows in minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step))
         ]
         self.optimizer.zero_grad()  # nothing stays beside the engine that need not
-        skipped = sum(step.pop("skipped") for step in steps)
-        means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        skipped = sum(step["skipped"] for step in steps)
+        kept = [step for step in steps if not step["skipped"]] or steps
+        means = {name: sum(step[name] for step in kept) / len(kept) for name in steps[0] if name != "skipped"}
         return metrics | means | {"skipped_steps": skipped, "gradient_steps": self.step}
 
     def _optimizer_step(self, batch, rows):
@@ -395,11 +414,13 @@ class Trainer:
             sums = values if sums is None else sums + values
         means = dict(zip(["loss", *metrics], sum_over_ranks(sums).tolist()))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).full_tensor().item()
-        skipped = not (means["ratio"] <= self.MAX_RATIO and grad_norm < float("inf"))  # also true of NaN; the same on all ranks
+        # also true of NaN; the same on all ranks
+        skipped = not (means["ratio"] <= self.MAX_RATIO and abs(means["loss"]) < float("inf") and grad_norm < float("inf"))
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+        self.skipped = count_skipped(self.skipped, skipped, self.MAX_SKIPPED, means | {"grad_norm": grad_norm})
         self.step += 1
         return means | {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
 
@@ -432,7 +453,7 @@ class Trainer:
         self.reference.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
         counts = torch.tensor([float(len(old)), float(len(batch["episodes"]))], device=self.device)
         entropy, kl, gap, num_tokens, num_responses = sum_over_ranks(torch.cat([sums, counts])).tolist()
-        return {"entropy": entropy / num_tokens, "kl": kl / num_responses, "logprob_gap": gap / num_tokens}
+        return {"entropy": entropy / max(num_tokens, 1), "kl": kl / num_responses, "logprob_gap": gap / max(num_tokens, 1)}
 
     def save(self, folder):
         """Write the sharded weights and optimizer state, all ranks together; load reads them back, on any number of ranks."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process; read when vLLM is imported
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
 
 import torch
@@ -34,21 +35,26 @@ class Engine:
     model: Hugging Face folder or hub name; max_sequence: tokens of the longest prompt and response together; stop: strings that end a response.
     gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many run at a time; None: vLLM's default. tensor_parallel: so many consecutive ranks
     share one model; they must be given the same requests in the same order, and get the same completions. Of `groups` such groups this
-    rank is in number `group`, and in each one rank `leads`.
+    rank is in number `group`, and in each one rank `leads`. on_step is called before each step of the engine; it may raise to give its work up.
     """
 
-    def __init__(self, model, *, max_sequence, stop=(), seed=0, bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1):
-        self.on_gpu, self.stop, self.asleep = torch.cuda.is_available(), list(stop), False
+    def __init__(
+        self, model, *, max_sequence, stop=(), bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1, trust_remote_code=False,
+        on_step=lambda: None,
+    ):  # fmt: skip
+        self.on_gpu, self.stop, self.asleep, self.on_step = torch.cuda.is_available(), list(stop), False, on_step
         self.group, self.groups = dist.get_rank() // tensor_parallel, dist.get_world_size() // tensor_parallel
         self.leads = dist.get_rank() % tensor_parallel == 0
         self.running, self.submitted, self.steps = {}, 0, 0  # running: number of a request -> its key
+        self.aborted = 0  # completions that the engine gave up; they count as unfinished
         bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
         self.llm = LLM(
             model,
             dtype="bfloat16" if bfloat16 else "float32",
             distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
             tensor_parallel_size=tensor_parallel,
-            seed=seed * self.groups + self.group,
+            load_format="safetensors",
+            trust_remote_code=trust_remote_code,
             max_model_len=max_sequence,
             max_num_seqs=max_sequences,
             enable_prefix_caching=True,
@@ -60,6 +66,11 @@ class Engine:
             disable_log_stats=False,  # counts the prefix cache's hits
         )
         self.tokenizer = self.llm.get_tokenizer()
+
+    def seed(self, *numbers):
+        """What is sampled from here on depends on these integers, the weights and the rank's group alone: not on what was sampled before."""
+        torch.manual_seed(hash((*numbers, self.group)) % 2**63)  # vLLM draws from torch's global generators
+        self._forget_prefixes()  # a cached prefix differs from one computed anew in the last bit
 
     def submit(self, key, prompt, n, max_tokens, temperature, top_p=1.0, logprobs=False):
         """Queue n completions of a list of token ids; step() delivers them under `key`. They may be submitted while others are written."""
@@ -75,6 +86,7 @@ class Engine:
 
     def step(self):
         """One step of the engine, which adds a token to each sequence it works at: [(key, n Completions)] of the requests that end with it."""
+        self.on_step()
         self.steps += 1
         outputs = self.llm.llm_engine.step()
         return [(self.running.pop(output.request_id), [self._completion(c) for c in output.outputs]) for output in outputs]
@@ -95,6 +107,7 @@ class Engine:
     def _completion(self, output):
         ids = list(output.token_ids)
         logprobs = [entry[i].logprob for entry, i in zip(output.logprobs, ids)] if output.logprobs is not None else None
+        self.aborted += output.finish_reason not in ("stop", "length")
         return Completion(ids, output.finish_reason == "stop", logprobs)
 
     def decode(self, token_ids):
@@ -116,7 +129,10 @@ class Engine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})  # one call: chunks restore absent layers
         self._wake("kv_cache")
         self.asleep = False
-        if not self.llm.reset_prefix_cache():  # vLLM keeps it across weight updates: the values would be the old policy's
+        self._forget_prefixes()  # vLLM keeps them across weight updates: the values would be the old policy's
+
+    def _forget_prefixes(self):
+        if not self.llm.reset_prefix_cache():
             raise RuntimeError("the engine could not drop its prefix cache: requests are still running")
 
     def sleep(self):

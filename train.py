@@ -20,17 +20,17 @@ import argparse
 import dataclasses
 import json
 import random
-import shutil
 import statistics
 import sys
 import threading
 import time
-import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
@@ -38,11 +38,13 @@ from transformers.utils import logging
 import data
 import plan
 import ppo
+import run_folder
 import vine
 from baselines import credit, groups
 from baselines.critic import Critic
 from experiments import show
 from grader import Grader
+from watch import Watch
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
 
@@ -61,7 +63,9 @@ class Settings:
     )
     algorithm: str = setting("vineppo", "where the advantages come from; all else is the same", ["vineppo", "ppo", "grpo", "rloo"])
     run_dir: str | None = setting(None, "folder of settings.json, metrics.jsonl, checkpoints and the final model; default runs/DATASET")
-    resume: bool = setting(False, "go on from the newest checkpoint in --run_dir")
+    resume: bool = setting(
+        False, "refuse to start anew: go on from a checkpoint in --run_dir, as the same command does by itself where there is one"
+    )
     iterations: int | None = setting(None, "rounds of sampling and update")
     seed: int = setting(0, "of the problems, the sampling and the minibatches")
     # problems and prompts
@@ -106,6 +110,12 @@ class Settings:
     activation_checkpointing: bool | None = setting(None, "recompute activations in the backward pass: less memory, a third more time")
     hybrid_sharding: bool = setting(False, "several machines: shard the trainer within each, replicate it across")
     tensor_parallel_size: int = setting(1, "so many ranks of a machine share one engine's model")
+    hang_timeout: float = setting(90.0, "seconds without a sign of progress after which a rank is taken to hang and the run ends")
+    max_logprob_gap: float | None = setting(
+        None, "engine and trainer disagree above this mean difference of log-probabilities; default: 0.001, in bfloat16 0.05"
+    )
+    strict: bool = setting(False, "stop when engine and trainer disagree, instead of a warning")
+    trust_remote_code: bool = setting(False, "let a hub model run code of its own")
     plan: int | None = setting(None, "print what each GPU needs if there are so many, 8 to a machine, and exit")
     gpu_memory: float = setting(0.6, "share of each GPU for the engine's weights and KV cache while it samples")
     max_sequences: int | None = setting(None, "responses that an engine writes at a time; default: vLLM's for the device")
@@ -152,7 +162,7 @@ def parse_settings(argv):
     for name, value in DEFAULTS.get(settings.dataset, PAPER).items():
         if getattr(settings, name) is None and not (name == "model" and settings.dataset not in DEFAULTS):
             setattr(settings, name, value)
-    settings.run_dir = settings.run_dir or f"runs/{Path(settings.dataset).stem}"
+    settings.run_dir = settings.run_dir or f"runs/{Path(settings.dataset).resolve().stem or 'data'}"
     return settings
 
 
@@ -174,7 +184,7 @@ def check_ranges(s):
             lambda v: v >= 0,
             "must not be negative",
         ),
-        ("epochs temperature learning_rate critic_learning_rate", lambda v: v > 0, "must be above 0"),
+        ("epochs temperature learning_rate critic_learning_rate hang_timeout max_logprob_gap", lambda v: v > 0, "must be above 0"),
         ("gae_lambda gamma", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
         ("top_p eval_top_p gpu_memory", lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
     ):
@@ -221,8 +231,9 @@ def load_tokenizer(s):
     if not s.model:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
     try:
-        limit = getattr(AutoConfig.from_pretrained(s.model), "max_position_embeddings", None)
-        tokenizer = AutoTokenizer.from_pretrained(s.model)
+        trust = getattr(s, "trust_remote_code", False)  # the baselines have no such setting
+        limit = getattr(AutoConfig.from_pretrained(s.model, trust_remote_code=trust), "max_position_embeddings", None)
+        tokenizer = AutoTokenizer.from_pretrained(s.model, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         hint = "run `python sft.py` first, or " if s.model == DEFAULTS["arithmetic"]["model"] else ""
         reason = str(error).split("\n")[0]
@@ -232,26 +243,31 @@ def load_tokenizer(s):
     return tokenizer
 
 
-def check_run_folder(s, run):
-    """Raise ValueError if the run folder does not fit: it holds another run, or what --resume would go on with is not there or differs."""
-    if not s.resume:
-        if (run / "metrics.jsonl").exists():
-            raise ValueError(f"--run_dir {run} holds a run already: add --resume to go on with it, or name another folder")
-        return
-    if newest_checkpoint(run)[1] is None:
+FREE = [  # settings that may change in the middle of a run: of the machine, and of what is evaluated, saved and said
+    "run_dir", "resume", "report_to", "micro_batch_tokens", "hybrid_sharding", "tensor_parallel_size", "hang_timeout", "max_logprob_gap", "strict",
+    "trust_remote_code", "activation_checkpointing", "gpu_memory", "max_sequences", "grader_workers", "plan", "keep_checkpoints",
+]  # fmt: skip
+
+
+def start_of(s, run):
+    """(iterations done, checkpoint folder or None, the settings that changed) of what the run folder holds of this run.
+
+    Raises ValueError if it holds another run, or nothing that --resume could go on from. A run that was killed before its first checkpoint
+    starts again.
+    """
+    done, folder = run_folder.newest_checkpoint(run)
+    if s.resume and not folder:
         raise ValueError(f"--resume: {run} holds no checkpoint (--save_every writes them)")
-    before = json.loads((run / "settings.json").read_text())
-    free = [
-        "run_dir", "resume", "report_to", "micro_batch_tokens", "hybrid_sharding", "tensor_parallel_size", "activation_checkpointing",
-        "gpu_memory", "max_sequences", "grader_workers",
-    ]  # fmt: skip
-    changed = [
-        f"--{name} was {before.get(name)}, now {value}"
-        for name, value in dataclasses.asdict(s).items()
-        if value != before.get(name) and name not in free and not name.startswith(("eval_", "save_", "store_", "keep_"))
-    ]
-    if changed:
-        raise ValueError(f"--resume would go on with other settings than {run} began with: {'; '.join(changed)}")
+    known = folder / "state" / "settings.json" if folder else run / "settings.json"
+    if not known.exists():
+        return 0, None, []
+    before = json.loads(known.read_text())
+    changed = {name: value for name, value in dataclasses.asdict(s).items() if name in before and before[name] != value}
+    told = lambda names: "; ".join(f"--{name} was {before[name]}, now {changed[name]}" for name in names)
+    bound = [name for name in changed if name not in FREE and not name.startswith(("eval_", "save_", "store_"))]
+    if bound:
+        raise ValueError(f"--run_dir {run} holds a run with other settings: {told(bound)}: name another folder, or take them back")
+    return done, folder, [told([name]) for name in changed if name not in ("run_dir", "resume")]
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------------------
@@ -322,11 +338,14 @@ class Values:
         self.rollouts += new
         self.grader.start(*to_grade(new))
 
-    def set_advantages(self, episodes):
-        """Wait for the rollouts and set the advantages. Returns the states' values and what they cost, and the rollouts for show.py."""
+    def wait(self):
+        """Until all rollouts have ended."""
         while self.engine.running:
             for (_, i), completions in self.engine.step():
                 self.take(i, completions)
+
+    def set_advantages(self, episodes):
+        """When all rollouts have ended. Returns the states' values and what they cost, and the rollouts for show.py."""
         by_state = [[] for _ in self.states]
         for rollout, reward in zip(self.rollouts, rewards(self.grader, self.rollouts)):
             rollout["reward"] = reward
@@ -343,17 +362,24 @@ def to_grade(responses):
     return [r["text"] if r["finished"] else "" for r in responses], [r["answer"] for r in responses]
 
 
-def evaluate(engine, grader, problems, s):
-    """Accuracy on (Problem, prompt ids), the mean over eval_samples responses each; the number of responses; this rank's tokens."""
-    mine = problems[engine.group :: engine.groups]
-    completions = engine.generate([ids for _, ids in mine], s.eval_samples, s.max_tokens, s.eval_temperature, s.eval_top_p)
-    responses = [
-        dict(text=engine.text(c.token_ids), finished=c.finished, answer=problem.answer)
-        for (problem, _), group in zip(mine, completions)
-        for c in group
-    ]
-    scores = over_ranks(rewards(grader, responses) if engine.leads else [])
-    return statistics.mean(scores), len(scores), sum(len(c.token_ids) for group in completions for c in group) * engine.leads
+def evaluate(engine, grader, problems, s, watch):
+    """Accuracy on (Problem, prompt ids), the mean over eval_samples responses each; the number of responses; this rank's tokens.
+
+    None, 0, 0 if the run is to stop; all ranks call it.
+    """
+    mine, responses = problems[engine.group :: engine.groups], []
+    with watch.droppable():
+        completions = engine.generate([ids for _, ids in mine], s.eval_samples, s.max_tokens, s.eval_temperature, s.eval_top_p)
+        responses = [
+            dict(text=engine.text(c.token_ids), finished=c.finished, answer=problem.answer, tokens=len(c.token_ids))
+            for (problem, _), group in zip(mine, completions)
+            for c in group
+        ]
+        graded = rewards(grader, responses)
+    if watch.stopping():
+        return None, 0, 0
+    scores = over_ranks(graded if engine.leads else [])
+    return statistics.mean(scores), len(scores), sum(r["tokens"] for r in responses) * engine.leads
 
 
 def over_ranks(items):
@@ -368,8 +394,8 @@ class Phases:
 
     LONG = 120  # seconds
 
-    def __init__(self):
-        self.seconds = {}
+    def __init__(self, watch):
+        self.seconds, self.watch = {}, watch
 
     @contextmanager
     def __call__(self, name):
@@ -378,64 +404,22 @@ class Phases:
         notice.daemon = True
         notice.start()
         try:
-            yield
+            with self.watch.phase(name):
+                yield
         finally:
             notice.cancel()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-# --- the run folder -------------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint(trainer, critic, tokenizer, run, iteration, keep):
-    """runs/X/checkpoints/N: a Hugging Face folder of the policy after N iterations, with the sharded training state in state/.
-
-    Written beside and renamed, so that a folder of that name is always whole. Then all but the newest `keep` are deleted (0: none).
-    """
-    final, draft = run / "checkpoints" / str(iteration), run / "checkpoints" / f"{iteration}.unfinished"
-    if dist.get_rank() == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    dist.barrier()
-    trainer.save(draft / "state" / "policy")
-    if critic:
-        critic.save(draft / "state" / "critic")
-    ppo.save_pretrained(trainer.model, tokenizer, draft, trainer.compute_dtype)
-    os.sync()  # else a power failure could leave the new name with files cut short
-    dist.barrier()
-    if dist.get_rank() == 0:
-        draft.rename(final)
-        whole = sorted((p for p in final.parent.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-        for older in whole[:-keep] if keep else ():
-            older.rename(older.with_suffix(".unfinished"))
-        for rest in final.parent.glob("*.unfinished"):
-            shutil.rmtree(rest)
-    dist.barrier()
-
-
-def newest_checkpoint(run):
-    """(iterations done, state folder) of the newest whole checkpoint; (0, None) without one."""
-    found = [int(p.parent.name) for p in run.glob("checkpoints/*/state") if p.parent.name.isdigit()]
-    return (max(found), run / "checkpoints" / str(max(found)) / "state") if found else (0, None)
-
-
-def open_run(s, run, first):
-    """The metrics file of a run that starts after `first` iterations. Rank 0 only."""
-    run.mkdir(parents=True, exist_ok=True)
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if first else []
-    kept = lines[: first + ('"iteration": 0,' in lines[0])] if lines else []  # a killed run's last line may be cut short: never read it
-    metrics.write_text("".join(line + "\n" for line in kept))
-    (run / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
-    return open(metrics, "a", buffering=1)
-
-
-def reporter(s, run):
-    """A function (iteration, metrics) that sends metrics to Weights & Biases or TensorBoard, where asked for."""
+def reporter(s, run, done):
+    """A function (iteration, metrics) that sends metrics to Weights & Biases or TensorBoard, where asked for. done: iterations so far."""
     if s.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run)
+        writer = SummaryWriter(run, purge_step=done + 1)
         return lambda iteration, metrics: [writer.add_scalar(name, value, iteration) for name, value in metrics.items()]
     if s.report_to == "wandb":
         import wandb
@@ -445,67 +429,66 @@ def reporter(s, run):
     return lambda iteration, metrics: None
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------------
-
-
 def main():
+    first = os.environ.get("RANK", "0") == "0"
     try:
         s = parse_settings(sys.argv[1:])
         check(s, s.plan or int(os.environ.get("WORLD_SIZE", 1)))
-        run = Path(s.run_dir)
-        if not s.eval_only and not s.plan:
-            check_run_folder(s, run)
         if s.plan:
-            text, fits = plan.report(AutoConfig.from_pretrained(s.model), s, s.plan, min(s.plan, 8))
+            config = AutoConfig.from_pretrained(s.model, trust_remote_code=s.trust_remote_code)
+            text, fits = plan.report(config, s, s.plan, min(s.plan, 8))
             print(text)
             sys.exit(not fits)
+        run, start = Path(s.run_dir), (0, None, [])
+        if not s.eval_only:
+            start = start_of(s, run)
+            if run_folder.whole(run / "model"):
+                return print(f"{run} is finished: its model is {run / 'model'}; name another --run_dir for a new run") if first else None
         problems = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = load_tokenizer(s)
         (train, too_long), (test, test_too_long) = [data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat) for p in problems]
         if not train or not test:
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
+        lines = run_folder.read_metrics(run, start[0])
+        lock = run_folder.lock(run) if first and not s.eval_only else None
     except (ValueError, OSError) as error:
         ppo.refuse(f"train.py: {error}")
-    guarded(lambda: train_run(s, run, tokenizer, train, test[: s.eval_problems], too_long + test_too_long))
-
-
-def guarded(work):
-    """work(); if it fails on this rank, say why and leave at once: exit hooks of the engine and of NCCL may wait for the other ranks."""
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        print(f"rank {os.environ['RANK']} failed: {sys.exc_info()[1]!r}; all ranks stop", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def train_run(s, run, tokenizer, train, test, too_long):
+    if too_long + test_too_long and first:
+        print(f"skipped {too_long + test_too_long} problems: their prompts are longer than --max_sequence - --max_tokens")
     device = ppo.init_distributed()
+    with Watch(s.hang_timeout, s.tensor_parallel_size) as watch:
+        code = train_run(s, run, start, lines, tokenizer, train, test[: s.eval_problems], device, watch)
+    if lock:
+        lock.close()
+    sys.exit(code)
+
+
+def train_run(s, run, start, lines, tokenizer, train, test, device, watch):
+    """The run from `start` (see start_of) with the metrics `lines` so far. Returns the exit code."""
     from rollout import Engine  # after the checks: importing vLLM takes seconds
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    say = print if rank == 0 else lambda *_: None
-    if too_long:
-        say(
-            f"skipped {too_long} problems: their prompts are longer than {s.max_sequence - s.max_tokens} tokens (--max_sequence - --max_tokens)"
-        )
-    first, state = newest_checkpoint(run) if s.resume else (0, None)
+    say = tqdm.write if rank == 0 else lambda *_: None
     engine = Engine(
-        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=s.seed * 1000 + first,
-        bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences, tensor_parallel=s.tensor_parallel_size,
+        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], bfloat16=s.bfloat16, gpu_memory=s.gpu_memory,
+        max_sequences=s.max_sequences, tensor_parallel=s.tensor_parallel_size, trust_remote_code=s.trust_remote_code, on_step=watch.step,
     )  # fmt: skip
-    grader = Grader(s.grader_workers)
+    grader = Grader(s.grader_workers, on_graded=watch.beat)
     if s.eval_only:
-        accuracy, samples, _ = evaluate(engine, grader, test, s)
-        say(f"accuracy {accuracy:.4f} ({len(test)} problems, {samples} responses, temperature {s.eval_temperature}, top_p {s.eval_top_p})")
-        return shut_down(engine, grader)
+        engine.seed(s.seed)
+        accuracy, samples, _ = evaluate(engine, grader, test, s, watch)
+        if accuracy is not None:
+            say(
+                f"accuracy {accuracy:.4f} ({len(test)} problems, {samples} responses, temperature {s.eval_temperature}, top_p {s.eval_top_p})"
+            )
+        return shut_down(engine, grader, watch)
 
     engine.sleep()
     episodes_per_iteration = s.prompts_per_iteration * s.responses_per_prompt
     learner = dict(
         total_steps=s.iterations * s.epochs * (episodes_per_iteration // s.minibatch), minibatch=s.minibatch, micro_batch_tokens=s.micro_batch_tokens,
         epochs=s.epochs, max_grad_norm=s.max_grad_norm, bfloat16=s.bfloat16, checkpoint_activations=s.activation_checkpointing, hybrid=s.hybrid_sharding,
-        seed=s.seed,
+        seed=s.seed, trust_remote_code=s.trust_remote_code,
     )  # fmt: skip
     trainer = ppo.Trainer(
         s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef, temperature=s.temperature,
@@ -516,35 +499,70 @@ def train_run(s, run, tokenizer, train, test, too_long):
         critic = Critic(
             s.model, device, learning_rate=s.critic_learning_rate or s.learning_rate, gamma=s.gamma, gae_lambda=s.gae_lambda, **learner
         )
+    for network in filter(None, (trainer.model, trainer.reference, critic and critic.model)):
+        for module in network.modules():
+            if isinstance(module, FSDPModule):  # each layer is a sign of progress
+                module.register_forward_pre_hook(lambda *_: watch.beat())
     set_advantages = {
         "vineppo": lambda episodes: values.set_advantages(episodes),
         "ppo": lambda episodes: critic.set_advantages(episodes),
         "grpo": lambda episodes: groups.set_advantages(episodes, groups.grpo, s.responses_per_prompt),
         "rloo": lambda episodes: groups.set_advantages(episodes, groups.rloo, s.responses_per_prompt),
     }[s.algorithm]
-    if state:
-        trainer.load(state / "policy")
+    done, folder, changed = start
+    if folder:
+        trainer.load(folder / "state" / "policy")
         if critic:
-            critic.load(state / "critic")
-        say(f"resumed {run} after iteration {first}")
-    engine.load_weights(ppo.full_tensors(trainer.model))
-    log = open_run(s, run, first) if rank == 0 else None
-    report = reporter(s, run) if rank == 0 else None
-    accuracy = evaluate(engine, grader, test, s)[0] if s.eval_every and not first else None
-    if accuracy is not None:
-        say(f"accuracy before training {accuracy:.3f}")
-        if rank == 0:
-            log.write(json.dumps({"iteration": 0, "accuracy": round(accuracy, 5)}) + "\n")
-            report(0, {"accuracy": accuracy})
+            critic.load(folder / "state" / "critic")
+        say("; ".join([f"goes on after iteration {done} of {folder}", *changed]))
 
-    progress = tqdm(range(first, s.iterations), initial=first, total=s.iterations, disable=rank != 0, unit="it", dynamic_ncols=True)
-    for iteration in progress:
-        phases, cache = Phases(), engine.prefix_cache_counts()
+    def save():
+        """checkpoints/`done`."""
+
+        def write(draft):
+            trainer.save(draft / "state" / "policy")
+            if critic:
+                critic.save(draft / "state" / "critic")
+            ppo.save_pretrained(trainer.model, tokenizer, draft, trainer.compute_dtype)
+            if rank == 0:
+                run_folder.write_text(draft / "state" / "settings.json", settings)
+
+        run_folder.write_checkpoint(run, done, write, s.keep_checkpoints)
+
+    engine.load_weights(ppo.full_tensors(trainer.model))
+    settings = json.dumps(dataclasses.asdict(s), indent=1) + "\n"
+    report = reporter(s, run, done) if rank == 0 else None
+    stopped, saved, warned, accuracy = False, done, False, None
+    watch.graceful = True
+    if s.eval_every and (done % s.eval_every == 0 or done == s.iterations) and "accuracy" not in (lines[-1] if lines else {}):
+        # before training, or where the run was stopped in the middle of an evaluation
+        engine.seed(s.seed, done, 1)
+        accuracy, _, _ = evaluate(engine, grader, test, s, watch)
+        stopped = accuracy is None
+        if not stopped:
+            lines = [*lines[:-1], (lines[-1] if done else {"iteration": 0}) | {"accuracy": rounded(accuracy)}]
+            say(f"accuracy before training {accuracy:.3f}" if not done else f"accuracy {accuracy:.3f}")
+    if rank == 0:
+        run_folder.write_text(run / "settings.json", settings)
+        log = run_folder.open_metrics(run, lines)
+        if lines and accuracy is not None:
+            report(done, {"accuracy": accuracy})
+
+    progress = tqdm(range(done, s.iterations), initial=done, total=s.iterations, disable=rank != 0, unit="it", dynamic_ncols=True)
+    for iteration in progress if not stopped else ():
+        phases, cache, aborted = Phases(watch), engine.prefix_cache_counts(), engine.aborted
         values = Values(engine, grader, s) if s.algorithm == "vineppo" else None
         grader.counts = dict.fromkeys(grader.counts, 0)
+        engine.seed(s.seed, iteration)
         drawn = random.Random(s.seed * 1_000_003 + iteration).choices(train, k=s.prompts_per_iteration)  # with replacement, as the paper
-        with phases("sample"):
-            episodes = sample_responses(engine, grader, drawn[engine.group :: engine.groups], s, values)
+        with watch.droppable():
+            with phases("sample"):
+                episodes = sample_responses(engine, grader, drawn[engine.group :: engine.groups], s, values)
+            with phases("values"):
+                if values:
+                    values.wait()
+        if stopped := watch.stopping():
+            break  # these responses are sampled again when the run goes on
         share = episodes_per_iteration // world
         episodes = episodes[rank % s.tensor_parallel_size * share :][:share]  # ranks that share an engine share its responses out
         if critic:
@@ -557,61 +575,106 @@ def train_run(s, run, tokenizer, train, test, too_long):
         engine.sleep()
         with phases("train"):
             update = trainer.update(episodes) | (critic.update(episodes) if critic else {})
+        warned = check_update(update, s, trainer.compute_dtype, say, warned)
         with phases("sync"):
             engine.load_weights(ppo.full_tensors(trainer.model))
         if s.store_every and (iteration == 0 or (iteration + 1) % s.store_every == 0):
-            lines = over_ranks(show.record(episodes, vined and vined["rollouts"], engine.decode))
+            solutions = over_ranks(show.record(episodes, vined and vined["rollouts"], engine.decode))
             if rank == 0:
-                show.write(run / "episodes" / f"{iteration + 1:06}.jsonl.gz", lines)
-        if s.eval_every and ((iteration + 1) % s.eval_every == 0 or iteration + 1 == s.iterations):
+                show.write(run / "episodes" / f"{iteration + 1:06}.jsonl.gz", solutions)
+        done = iteration + 1
+        if s.eval_every and (done % s.eval_every == 0 or done == s.iterations):
+            engine.seed(s.seed, done, 1)
             with phases("evaluate"):
-                accuracy, _, tokens["evaluate"] = evaluate(engine, grader, test, s)
-            update["accuracy"] = accuracy
+                measured, _, tokens["evaluate"] = evaluate(engine, grader, test, s, watch)
+            stopped = measured is None
+            if not stopped:
+                accuracy = update["accuracy"] = measured
 
-        rollouts = (vined, grader.counts, cache) if engine.leads else None
-        metrics = iteration_metrics(iteration + 1, episodes, rollouts, update, phases.seconds, tokens)
+        rollouts = (vined, grader.counts, cache, engine.aborted - aborted) if engine.leads else None
+        metrics = iteration_metrics(done, episodes, rollouts, update, phases.seconds, tokens)
+        if metrics["aborted"]:
+            say(f"iteration {done}: the engine gave up {metrics['aborted']} responses or rollouts; they count as unfinished")
         if rank == 0:
-            log.write(json.dumps({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in metrics.items()}) + "\n")
-            report(iteration + 1, metrics)
+            log.write(json.dumps({name: rounded(value) for name, value in metrics.items()}) + "\n")
+            report(done, metrics)
         progress.set_postfix(
             reward=f"{metrics['reward']:.2f}", acc="-" if accuracy is None else f"{accuracy:.3f}", kl=f"{metrics['kl']:.3f}",
             tok_s=f"{metrics['tokens_per_second']:.0f}",
         )  # fmt: skip
-        if s.save_every and (iteration + 1) % s.save_every == 0:
-            checkpoint(trainer, critic, tokenizer, run, iteration + 1, s.keep_checkpoints)
-    ppo.save_pretrained(trainer.model, tokenizer, run / "model", trainer.compute_dtype)
+        if s.save_every and done % s.save_every == 0:
+            save()
+            saved = done
+        if stopped:
+            break
+    progress.close()
+    if stopped:
+        if done > saved:
+            save()
+        say(f"stopped after iteration {done}; the same command goes on from there" if done else "stopped; there was nothing to save yet")
+        if watch.error:
+            raise watch.error
+        return watch.exit_code() + shut_down(engine, grader, watch)
+    run_folder.write_folder(run / "model", lambda draft: ppo.save_pretrained(trainer.model, tokenizer, draft, trainer.compute_dtype))
     say(f"wrote {run / 'model'}" + ("" if accuracy is None else f"; accuracy {accuracy:.3f}"))
-    shut_down(engine, grader)
+    return shut_down(engine, grader, watch)
+
+
+def rounded(value):
+    """A float to six digits for metrics.jsonl, None if it is not finite: JSON has no such numbers."""
+    return value if not isinstance(value, float) else float(f"{value:.6g}") if abs(value) < float("inf") else None
+
+
+def check_update(update, s, dtype, say, warned):
+    """Say what is wrong with an update's metrics; raises RuntimeError with --strict. Returns whether the gap was told of by now."""
+    for name in ("skipped_steps", "critic_skipped_steps"):
+        if update.get(name):
+            say(f"{update[name]} {name.replace('_', ' ')}: a loss or gradient was not finite, or the mean ratio was too large")
+    limit = s.max_logprob_gap or (0.05 if dtype == torch.bfloat16 else 0.001)
+    if not update["logprob_gap"] <= limit:
+        text = (
+            f"ENGINE AND TRAINER DISAGREE: their log-probabilities of the sampled tokens differ by {update['logprob_gap']:.2g} on average, "
+            f"more than {limit:g} (--max_logprob_gap). Likely causes: the new weights did not reach the engine; cached prefixes of older weights; "
+            "an architecture that vLLM and transformers compute differently (attention window, rope scaling); low-precision kernels."
+        )
+        if s.strict:
+            raise RuntimeError(text)
+        if not warned:
+            say(text)
+        return True
+    return warned
 
 
 def iteration_metrics(iteration, episodes, rollouts, update, seconds, tokens):
     """One line of metrics.jsonl, over all ranks; every rank calls it. rollouts: None on a rank whose engine is counted by another."""
     episodes = over_ranks([{k: e.get(k) for k in ("reward", "finished", "advantages", "states")} for e in episodes])
-    vined, counts, cache = rollouts or (None, None, None)
+    vined, *others = rollouts or (None,)
     vined = vined and vined | dict(rollouts=len(vined["rollouts"]))
-    vineds, counts, caches = zip(*over_ranks([(vined, counts, cache)] if rollouts else []))
+    vineds, counts, caches, aborted = zip(*over_ranks([(vined, *others)] if rollouts else []))
     ranks, tokens = zip(*over_ranks([(seconds, tokens)]))
+    mean = lambda values: statistics.mean(values) if (values := list(values)) else 0.0
     advantages = [a for e in episodes for a in e["advantages"]]
+    busy = [rank["sample"] + rank["values"] for rank in ranks]
     seconds = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
     tokens = {name: sum(rank[name] for rank in tokens) for name in tokens[0]}
     metrics = dict(
         iteration=iteration,
-        reward=statistics.mean(e["reward"] for e in episodes),
-        unfinished=statistics.mean(not e["finished"] for e in episodes),
-        zero_advantages=statistics.mean(a == 0 for a in advantages),  # share of the action tokens
-        prefix_cache_hit_rate=sum(found for _, found in caches) / sum(looked_up for looked_up, _ in caches),  # of prompt tokens
+        reward=mean(e["reward"] for e in episodes),
+        unfinished=mean(not e["finished"] for e in episodes),
+        aborted=sum(aborted),
+        zero_advantages=mean(a == 0 for a in advantages),  # share of the action tokens
+        prefix_cache_hit_rate=sum(found for _, found in caches) / max(1, sum(looked_up for looked_up, _ in caches)),  # of prompt tokens
         tokens_per_second=(tokens["sample"] + tokens["values"]) / (seconds["sample"] + seconds["values"]),
-        idle=1
-        - statistics.mean(rank["sample"] + rank["values"] for rank in ranks) / max(rank["sample"] + rank["values"] for rank in ranks),
+        idle=1 - mean(busy) / max(busy),  # share of the rollouts' time that a rank waits for the slowest
     )
     if vineds[0]:
         values = [v for rank in vineds for v in rank["values"]]
         metrics |= dict(
-            steps_per_response=statistics.mean(len(e["states"]) for e in episodes),
+            steps_per_response=mean(len(e["states"]) for e in episodes),
             states=len(values),
             rollouts=sum(rank["rollouts"] for rank in vineds),
-            value_mean=statistics.mean(values),
-            value_std=statistics.pstdev(values),
+            value_mean=mean(values),
+            value_std=statistics.pstdev(values) if values else 0.0,
         )
     return (
         metrics
@@ -622,12 +685,15 @@ def iteration_metrics(iteration, episodes, rollouts, update, seconds, tokens):
     )
 
 
-def shut_down(engine, grader):
+def shut_down(engine, grader, watch):
+    """End what the run started, on all ranks together. Returns 0."""
+    watch.close()
     grader.close()
     dist.barrier()
     engine.shutdown()
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":

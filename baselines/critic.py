@@ -39,24 +39,18 @@ class Critic:
 
     def __init__(
         self, model, device, *, total_steps, learning_rate, minibatch, micro_batch_tokens=8192, epochs=2, gamma=1.0, gae_lambda=1.0, clip=0.2,
-        max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, hybrid=False, seed=0,
+        max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, hybrid=False, seed=0, trust_remote_code=False,
     ):  # fmt: skip
         self.device, self.total_steps, self.peak = device, total_steps, learning_rate
         self.minibatch, self.micro_batch_tokens, self.epochs = minibatch // dist.get_world_size(), micro_batch_tokens, epochs
-        self.gamma, self.gae_lambda, self.clip, self.max_grad_norm, self.seed, self.step = gamma, gae_lambda, clip, max_grad_norm, seed, 0
+        self.gamma, self.gae_lambda, self.clip, self.max_grad_norm, self.seed = gamma, gae_lambda, clip, max_grad_norm, seed
+        self.step, self.skipped = 0, 0  # skipped: steps in a row
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # else it reports that the folder has no value head
         self.model = ppo.load_sharded(
-            model,
-            device,
-            True,
-            bfloat16,
-            checkpoint_activations,
-            hybrid,
-            AutoModelForTokenClassification,
-            num_labels=1,
-            classifier_dropout=0.0,
-        )
+            model, device, True, bfloat16, checkpoint_activations, hybrid, trust_remote_code, AutoModelForTokenClassification,
+            num_labels=1, classifier_dropout=0.0,
+        )  # fmt: skip
         logging.set_verbosity(verbosity)
         for name, parameter in self.model.named_parameters():
             if name.startswith(("score.", "classifier.")):
@@ -87,7 +81,7 @@ class Critic:
         explained_variance: 1 - Var(G - V) / Var(G) over the action tokens, of the predictions that the advantages came from.
         """
         batch = ppo.collate(episodes, ["values", "returns"], self.device)
-        losses, norms = [], []
+        losses, norms, skips = [], [], 0
         for rows in ppo.minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):
             num_tokens, _ = ppo.count_over_ranks(batch, rows)
             self.optimizer.zero_grad()
@@ -98,13 +92,17 @@ class Critic:
                 total += loss.detach()
             losses.append(ppo.sum_over_ranks(total).item())
             norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).full_tensor().item())
-            if norms[-1] < float("inf"):  # false of NaN, too
+            skipped = not (losses[-1] < float("inf") and norms[-1] < float("inf"))  # true of NaN, too; the same on all ranks
+            if not skipped:
                 for group in self.optimizer.param_groups:
                     group["lr"] = ppo.learning_rate(self.step, self.total_steps, self.peak)
                 self.optimizer.step()
+            skips += skipped
+            numbers = {"value_loss": losses[-1], "critic_grad_norm": norms[-1]}
+            self.skipped = ppo.count_skipped(self.skipped, skipped, ppo.Trainer.MAX_SKIPPED, numbers)
             self.step += 1
-        mean = {"value_loss": losses, "critic_grad_norm": norms}
-        return {name: sum(x) / len(x) for name, x in mean.items()} | {"explained_variance": explained_variance(batch["tokens"])}
+        mean = {"value_loss": losses, "critic_grad_norm": norms, "explained_variance": [explained_variance(batch["tokens"])]}
+        return {name: sum(x) / len(x) for name, x in mean.items()} | {"critic_skipped_steps": skips}
 
     def save(self, folder):
         """Write the sharded weights and optimizer state, all ranks together; load reads them back, on any number of ranks."""

@@ -18,6 +18,7 @@ import ppo
 import train
 from grader import Grader
 from train import setting
+from watch import Watch
 
 
 @dataclass
@@ -81,18 +82,20 @@ def main(method, doc, settings_class, train_round):
         ppo.refuse(f"{method}: {str(error).splitlines()[0]}")
     if too_long + test_too_long and os.environ.get("RANK", "0") == "0":
         print(f"skipped {too_long + test_too_long} problems: their prompts are longer than --max_sequence - --max_tokens")
-    train.guarded(lambda: _rounds(s, run, tokenizer, training, test[: s.eval_problems], train_round))
-
-
-def _rounds(s, run, tokenizer, training, test, train_round):
     device = ppo.init_distributed()
+    with Watch() as watch:
+        _rounds(s, run, tokenizer, training, test[: s.eval_problems], train_round, device, watch)
+
+
+def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
     from rollout import Engine  # after the checks: importing vLLM takes seconds
 
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = Engine(
-        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=s.seed * 1000,
-        bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
+        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], bfloat16=s.bfloat16, gpu_memory=s.gpu_memory,
+        max_sequences=s.max_sequences, on_step=watch.beat,
     )  # fmt: skip
+    engine.seed(s.seed)
     grader = Grader(s.grader_workers)
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -104,10 +107,16 @@ def _rounds(s, run, tokenizer, training, test, train_round):
             with open(run / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    log({"iteration": 0, "accuracy": train.evaluate(engine, grader, test, s)[0]})
+    def evaluated():
+        accuracy, _, _ = train.evaluate(engine, grader, test, s, watch)
+        if accuracy is None:
+            raise watch.error or RuntimeError("another rank failed")
+        return accuracy
+
+    log({"iteration": 0, "accuracy": evaluated()})
     policy, gradient_steps = None, 0
     for round in range(1, s.rounds + 1):
-        phases = train.Phases()
+        phases = train.Phases(watch)
         drawn = random.Random(s.seed * 1_000_003 + round).sample(training, min(s.problems_per_round or len(training), len(training)))
         with phases("sample"):
             episodes = train.sample_responses(engine, grader, drawn[rank::world], s)
@@ -119,13 +128,13 @@ def _rounds(s, run, tokenizer, training, test, train_round):
         with phases("sync"):
             engine.load_weights(ppo.full_tensors(policy))
         with phases("evaluate"):
-            accuracy = train.evaluate(engine, grader, test, s)[0]
+            accuracy = evaluated()
         gradient_steps += steps
         line = {"iteration": round, "accuracy": accuracy, "reward": statistics.mean(e["reward"] for e in episodes)}
         line |= {"gradient_steps": gradient_steps, "tokens_sample": tokens} | metrics
         log(line | {f"seconds_{name}": seconds for name, seconds in phases.seconds.items()})
     ppo.save_pretrained(policy, tokenizer, run / "model", ppo.compute_dtype(device, s.bfloat16))
-    train.shut_down(engine, grader)
+    train.shut_down(engine, grader, watch)
 
 
 def by_problem(episodes):

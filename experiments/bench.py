@@ -126,6 +126,7 @@ class Workload:
             self.batch = [(p, [rng.randrange(100, 4000) for _ in range(rng.randrange(100, 240))]) for p in fake]
         self.s = dataclasses.replace(s, activation_checkpointing=False, **changes)
         self.engine = Engine(self.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], gpu_memory=0.4)
+        self.engine.seed(0)
         self.grader = Grader(1)
 
     def iterate(self, streaming=True, grader=None, batch=None, **changes):
@@ -138,6 +139,7 @@ class Workload:
         for e in [] if streaming else episodes:
             values.begin(e)
         self.value_cache = self.engine.prefix_cache_counts()
+        values.wait()
         return episodes, values.set_advantages(episodes)
 
 
@@ -290,20 +292,24 @@ def one_rank(model):
     """A rank of bench_ranks: three iterations of 64 responses per rank; the last two count."""
     import torch.distributed as dist
 
-    with tempfile.TemporaryDirectory() as folder:  # each rank its own
-        w = Workload(None if model == "tiny" else model, folder)
-    times, tokens = 0.0, 0
-    for i in range(3):
-        dist.barrier()
-        start = time.perf_counter()
-        found = tokens_of(*w.iterate())
-        if i:
-            times, tokens = times + time.perf_counter() - start, tokens + found
-    ranks = train.over_ranks([(times, tokens)])
-    slowest = max(t for t, _ in ranks)
-    if dist.get_rank() == 0:
-        print(json.dumps(dict(speed=sum(n for _, n in ranks) / slowest, idle=1 - statistics.mean(t for t, _ in ranks) / slowest)))
-    train.shut_down(w.engine, w.grader)
+    from watch import Watch
+
+    ppo.init_distributed()
+    with Watch() as watch:
+        with tempfile.TemporaryDirectory() as folder:  # each rank its own
+            w = Workload(None if model == "tiny" else model, folder)
+        times, tokens = 0.0, 0
+        for i in range(3):
+            dist.barrier()
+            start = time.perf_counter()
+            found = tokens_of(*w.iterate())
+            if i:
+                times, tokens = times + time.perf_counter() - start, tokens + found
+        ranks = train.over_ranks([(times, tokens)])
+        slowest = max(t for t, _ in ranks)
+        if dist.get_rank() == 0:
+            print(json.dumps(dict(speed=sum(n for _, n in ranks) / slowest, idle=1 - statistics.mean(t for t, _ in ranks) / slowest)))
+        train.shut_down(w.engine, w.grader, watch)
 
 
 def bench_sync(a, folder):

@@ -199,7 +199,7 @@ def measure_gradient(engine, grader, model, critic, device, problems, s, argumen
     return out
 
 
-def measure(arguments):
+def measure(arguments, device, watch):
     import torch.distributed as dist
     from transformers import AutoTokenizer
 
@@ -208,8 +208,6 @@ def measure(arguments):
     import train
     from baselines.critic import Critic
     from grader import Grader
-
-    device = ppo.init_distributed()
     from rollout import Engine
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -223,7 +221,7 @@ def measure(arguments):
         )
         if engine is None:
             engine = Engine(
-                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], seed=arguments.seed,
+                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [],
                 bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
             )  # fmt: skip
         engine.sleep()
@@ -242,6 +240,7 @@ def measure(arguments):
         elif s.algorithm == "ppo" and rank == 0:
             print(f"{path} has no state/critic: its value network is left out", flush=True)
         engine.load_weights(ppo.full_tensors(model))
+        engine.seed(arguments.seed)
         if len(test) < arguments.problems + arguments.ranked:
             raise ValueError(
                 f"--problems {arguments.problems} and --ranked {arguments.ranked} need as many test problems; {s.dataset} has {len(test)}"
@@ -262,7 +261,7 @@ def measure(arguments):
             content = json.dumps(rounded(result)).replace('{"position"', '\n{"position"').replace('{"K=1"', '\n{"K=1"')
             (arguments.results / f"{name}.json").write_text(content + "\n")
             print(f"{name}: {len(states)} states, {len(ranking)} ranked, {len(gradient)} gradients", flush=True)
-    train.shut_down(engine, grader)
+    train.shut_down(engine, grader, watch)
 
 
 def rounded(x):
@@ -496,9 +495,11 @@ def main():
             ppo.refuse(f"values.py: {what}")
         if len(engines) > 1:
             ppo.refuse("values.py: the runs differ in dataset, stop, max_sequence or chat: measure them one by one, into one --results")
-        import train
+        from watch import Watch
 
-        train.guarded(lambda: measure(arguments))
+        device = ppo.init_distributed()
+        with Watch() as watch:
+            measure(arguments, device, watch)
     if os.environ.get("RANK", "0") == "0":
         draw(arguments.results)
 

@@ -41,7 +41,7 @@ def tokenizer(tiny_model):
 def engine(tiny_model, device):
     from rollout import Engine
 
-    engine = Engine(tiny_model, max_sequence=256, stop=["#"], seed=1)
+    engine = Engine(tiny_model, max_sequence=256, stop=["#"])
     yield engine
     engine.shutdown()
 
@@ -53,13 +53,33 @@ def shared_data():
     return SHARED_DATA
 
 
-def torchrun(ranks, *argv):
+def torchrun(ranks, *argv, **variables):
     """Run a script on several ranks from the project's folder; returns the finished process with its output as text."""
-    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv)
+    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv, **variables)
 
 
-def python(*argv):
-    """Run python from the project's folder, outside of this process's group of ranks."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def python(*argv, **variables):
+    """Run python from the project's folder, outside of this process's group of ranks, with these environment variables."""
+    environment = our_environment() | variables
     return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def our_environment():
+    """This process's, but for what makes it a rank; one thread per process."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def left_running(marker, command="", rank=None):
+    """Numbers of the processes that were started, by whomever, with VINEPPO_TEST=marker; those of one command, of one rank."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                wanted = [f"VINEPPO_TEST={marker}", *([] if rank is None else [f"RANK={rank}"])]
+                if command in (folder / "cmdline").read_text() and all(w.encode() in environment for w in wanted):
+                    found.append(int(folder.name))
+        except (OSError, IndexError):
+            continue  # it has ended, or is another user's
+    return found

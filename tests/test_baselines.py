@@ -294,6 +294,7 @@ def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, token
         if algorithm in ("restem", "dpo"):
             policy, _, _ = module.train_round(r, episodes, policy, device)
         elif algorithm == "vineppo":
+            values.wait()
             values.set_advantages(episodes)
         elif algorithm == "ppo":
             value_network.set_advantages(episodes)

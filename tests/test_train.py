@@ -1,12 +1,14 @@
 """Whole runs, started as their user would start them, and every bad input's one line."""
 
 import json
+import shutil
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import python, torchrun
+import torch
+from conftest import left_running, python, torchrun
 from transformers import AutoModelForCausalLM
 
 import train
@@ -70,6 +72,7 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit():
     assert [e["reward"] for e in episodes] == [0.0, 1.0] and all(e["finished"] for e in episodes)
     kinds = [key[0] for key, *_ in engine.requests]
     assert kinds == ["response"] * 2 + ["rollouts"] * 4  # the last of them after rollouts of the response that ended first
+    values.wait()
     vined = values.set_advantages(episodes)
     _, prompts, n, limits = zip(*engine.requests[2:])
     assert set(n) == {4} and sorted(map(engine.decode, prompts)) == ["?", "?a", "?a\nb", "?a\nx"]  # each distinct state once
@@ -86,6 +89,7 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit():
     values = train.Values(engine, grader, s)
     cut = train.sample_responses(engine, grader, [(problem, [ord("?")])], s, values)
     assert [e["reward"] for e in cut] == [0.0, 0.0] and not any(e["finished"] for e in cut)
+    values.wait()
     values.set_advantages(cut)
     assert all(v == 0.0 for e in cut for v in e["values"])
     grader.close()
@@ -131,42 +135,101 @@ def test_two_ranks_learn_arithmetic(tmp_path):
     assert plot.returncode == 0 and (run / "curves.png").stat().st_size > 10_000, plot.stderr
 
 
-INTERRUPTED = """
-import os, signal, train
-checkpoint = train.checkpoint
-def then_die(*arguments):
-    checkpoint(*arguments)
-    if arguments[4] == 2:
+FAULTY = """
+import os, signal, sys, time, zlib
+import ppo, rollout, train
+how = sys.argv.pop()
+rank = os.environ.get("RANK", "0")
+# an untrained model is never right: with these rewards there is something to learn
+train.rewards = lambda grader, responses: [float(zlib.crc32(r["text"].encode()) % 2) for r in responses]
+calls, sample, step, update, save = [], train.sample_responses, rollout.Engine.step, ppo.Trainer.update, train.run_folder.write_checkpoint
+
+def broken_step(self):
+    raise OSError("CUDA error: an illegal memory access")
+
+def faulty_sample(*arguments):
+    calls.append(1)
+    if len(calls) == 3 and how == "signal" and rank == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if len(calls) == 2 and how == "engine" and rank == "1":
+        rollout.Engine.step = broken_step
+    return sample(*arguments)
+
+def faulty_update(self, episodes):
+    if len(calls) == 2 and rank == "1":
+        if how == "raise":
+            raise RuntimeError("a broken rank")
+        if how == "hang":
+            time.sleep(10**6)
+    return update(self, episodes)
+
+def save_and_die(run, iteration, *arguments):
+    save(run, iteration, *arguments)
+    if how == "killed" and iteration == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-train.checkpoint = then_die
+
+train.sample_responses, ppo.Trainer.update, train.run_folder.write_checkpoint = faulty_sample, faulty_update, save_and_die
 train.main()
 """
 
 
+def comparable(run):
+    """The metrics of a run, but for what the clock says."""
+    timed = ("seconds", "tokens_per_second", "idle", "answers")  # the cache of graded answers begins anew
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics_of(run)]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
+    """SIGTERM in the middle of iteration 3 on two ranks; the same command again. Exactly equal, sampled at temperature 1."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    arguments = [*SMALL, "--model", tiny_model, "--iterations", 4, "--eval_every", 2, "--save_every", 0, "--learning_rate", 3e-3]
+    run = lambda folder, how, ranks=2: torchrun(ranks, tmp_path / "faulty.py", *arguments, "--run_dir", tmp_path / folder, how)
+    straight = run("straight", "none")
+    assert straight.returncode == 0, straight.stderr
+    stopped = run("stopped", "signal")
+    assert stopped.returncode != 0 and "exitcode  : 143" in stopped.stderr, stopped.stderr
+    assert "stopped after iteration 2; the same command goes on from there" in stopped.stdout + stopped.stderr
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["2"] and len(metrics_of(tmp_path / "stopped")) == 3
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
+    went_on = run("stopped", "none")
+    assert went_on.returncode == 0 and "goes on after iteration 2" in went_on.stdout + went_on.stderr, went_on.stderr
+    expected = comparable(tmp_path / "straight")
+    assert [line["iteration"] for line in expected] == [0, 1, 2, 3, 4] and expected[-1]["kl"] > 0 and expected[-1]["grad_norm"] > 0
+    assert comparable(tmp_path / "stopped") == expected
+    same = [AutoModelForCausalLM.from_pretrained(tmp_path / folder / "model").state_dict() for folder in ("straight", "stopped")]
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    for name, tensor in same[0].items():
+        assert torch.equal(tensor, same[1][name]) and not torch.equal(tensor, start[name]), name
+    # on another number of ranks: other shares of the work, so not the same numbers
+    alone = run("alone", "none", ranks=1)
+    assert alone.returncode == 0, alone.stderr
+    assert [line["iteration"] for line in metrics_of(tmp_path / "alone")] == [0, 1, 2, 3, 4]
+    assert comparable(tmp_path / "alone")[:3] == expected[:3]
+    # once more: it is finished
+    again = python("train.py", *arguments, "--run_dir", tmp_path / "alone")
+    assert again.returncode == 0 and "alone is finished: its model is" in again.stdout
+
+
 def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
-    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    (tmp_path / "faulty.py").write_text(FAULTY)
     arguments = [*SMALL, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 3, "--eval_every", 0, "--save_every", 1]
     arguments += ["--report_to", "tensorboard", "--algorithm", "ppo"]  # with a critic, so there is more to lose
-    killed = torchrun(1, tmp_path / "interrupted.py", *arguments)
+    killed = torchrun(1, tmp_path / "faulty.py", *arguments, "killed")
     assert killed.returncode != 0 and [line["iteration"] for line in metrics_of(tmp_path / "run")] == [1, 2]
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 3, "rewa')  # as if it had been killed while it wrote
-    refused = python("train.py", *arguments)
-    assert refused.returncode == 1 and "holds a run already: add --resume" in refused.stderr
-    refused = python("train.py", *arguments, "--resume", "--clip", 0.3)
-    assert (
-        refused.returncode == 1
-        and "--resume would go on with other settings" in refused.stderr
-        and "--clip was 0.2, now 0.3" in refused.stderr
-    )
-    done = python("train.py", *arguments, "--resume")
+    refused = python("train.py", *arguments, "--clip", 0.3, "--seed", 1)
+    assert refused.returncode == 1 and "run holds a run with other settings: " in refused.stderr
+    assert "--clip was 0.2, now 0.3" in refused.stderr and "--seed was 0, now 1" in refused.stderr
+    done = python("train.py", *arguments, "--resume", "--keep_checkpoints", 3)
     assert done.returncode == 0, done.stderr
-    assert "after iteration 2" in done.stdout
+    assert "goes on after iteration 2" in done.stderr + done.stdout
+    assert "--keep_checkpoints was 2, now 3" in done.stderr + done.stdout
     lines = metrics_of(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[2]["learning_rate"] < lines[1]["learning_rate"] < lines[0]["learning_rate"]  # the schedule went on
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["2", "3"]  # --keep_checkpoints 2
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["1", "2", "3"]
     for name in ("2", "3"):
         AutoModelForCausalLM.from_pretrained(checkpoints / name)
         assert (checkpoints / name / "state" / "critic" / ".metadata").is_file()
@@ -188,27 +251,29 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     assert (tmp_path / "results" / "values-run-3.png").exists() and "## run-3" in (tmp_path / "results" / "values.md").read_text()
 
 
-FAILING = """
-import os, signal, sys, train, ppo
-how = sys.argv.pop()
-def fail(self, episodes):
-    if how == "raise":
-        raise RuntimeError("a broken rank")
-    os.kill(os.getpid(), signal.SIGKILL)
-if os.environ["RANK"] == "1":
-    ppo.Trainer.update = fail
-train.main()
-"""
+FAILURES = {
+    "raise": ["rank 1: failed: RuntimeError('a broken rank'); all ranks stop", "rank 0: stops, since rank 1 failed"],
+    "hang": ["rank 1 in train for", "in faulty_update"],  # the stacks tell where
+    "engine": ["rank 1: failed: OSError('CUDA error: an illegal memory access'); all ranks save what they have and stop"],
+}
 
 
-@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize("how", FAILURES)
 def test_when_one_rank_fails_all_stop_and_say_why(tmp_path, tiny_model, how):
-    (tmp_path / "failing.py").write_text(FAILING)
-    arguments = [*SMALL, "--K", 2, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 2, "--eval_every", 0]
-    start = time.time()
-    done = torchrun(2, tmp_path / "failing.py", *arguments, how)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    arguments = [*SMALL, "--K", 2, "--model", tiny_model, "--run_dir", tmp_path / "run", "--iterations", 3, "--eval_every", 0]
+    arguments += ["--save_every", 0, "--hang_timeout", 20]
+    start, marker, secret = time.time(), f"{how}-{tmp_path.name}", "hf_ThisIsSecret"
+    done = torchrun(2, tmp_path / "faulty.py", *arguments, how, VINEPPO_TEST=marker, HF_TOKEN=secret, WANDB_API_KEY=secret)
     assert done.returncode != 0 and time.time() - start < 120
-    assert ("rank 1 failed: RuntimeError('a broken rank')" if how == "raise" else "SIGKILL") in done.stderr
+    for words in FAILURES[how]:
+        assert words in done.stderr, done.stderr
+    time.sleep(1)
+    assert left_running(marker) == []  # no rank, no engine, no worker of the grader
+    saved = [p.name for p in (tmp_path / "run").glob("checkpoints/*")]
+    assert saved == (["1"] if how == "engine" else [])
+    written = [p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert len(written) >= 3 and not any(secret.encode() in content for content in [*written, (done.stdout + done.stderr).encode()])
 
 
 def test_evaluation_alone(tmp_path, tiny_model):

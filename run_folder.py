@@ -1,0 +1,119 @@
+"""The folder of a run. What stands in it under its own name is whole, at whatever moment the run was killed.
+
+    settings.json     of the newest start
+    metrics.jsonl     one line per iteration; line 0 is the accuracy before training
+    checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training goes on from, and the settings
+    episodes/N        stored responses, for experiments/show.py
+    model             the final policy, a Hugging Face folder
+
+Files and folders are written beside under the name NAME.unfinished and renamed. A folder lists its files' sizes, so that one that was cut short on its way,
+by a copy or a file system, is not taken for whole either.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+SIZES = "files.json"  # of a folder: {file: bytes}
+
+
+def write_text(path, text):
+    """Write a text file beside and rename it."""
+    draft = path.with_name(path.name + ".unfinished")
+    with open(draft, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    draft.rename(path)
+
+
+def write_folder(final, write):
+    """write(draft), which all ranks call, fills a folder beside; then it is renamed. All ranks call it, on one file system."""
+    draft = final.with_name(final.name + ".unfinished")
+    if dist.get_rank() == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    dist.barrier()
+    try:
+        write(draft)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            sizes = {str(p.relative_to(draft)): p.stat().st_size for p in draft.rglob("*") if p.is_file()}
+            write_text(draft / SIZES, json.dumps(sizes, indent=1))
+            os.sync()  # else a power failure could leave the new name with files cut short
+            shutil.rmtree(final, ignore_errors=True)  # one that was cut short
+            draft.rename(final)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        free = shutil.disk_usage(draft.parent).free / 1e6
+        shutil.rmtree(draft, ignore_errors=True)
+        reason = str(error).strip().split("\n")[-1]
+        raise RuntimeError(
+            f"{final} could not be written ({reason}; {free:.0f} MB are free there); what was saved before stands"
+        ) from error
+    dist.barrier()
+
+
+def whole(folder):
+    """Whether all that write_folder wrote is there."""
+    try:
+        sizes = json.loads((folder / SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def checkpoints(run):
+    """The checkpoint folders, whole or not, oldest first."""
+    return sorted((p for p in run.glob("checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def write_checkpoint(run, iteration, write, keep):
+    """checkpoints/`iteration`, as write_folder; then all but the newest `keep` are deleted (0: none)."""
+    write_folder(run / "checkpoints" / str(iteration), write)
+    if dist.get_rank() == 0:
+        for older in [p for p in checkpoints(run) if whole(p)][:-keep] if keep else ():
+            older.rename(older.with_name(older.name + ".unfinished"))
+        for rest in (run / "checkpoints").glob("*.unfinished"):
+            shutil.rmtree(rest)
+    dist.barrier()
+
+
+def newest_checkpoint(run):
+    """(iterations done, folder) of the newest whole checkpoint; (0, None) without one."""
+    return next(((int(p.name), p) for p in reversed(checkpoints(run)) if whole(p)), (0, None))
+
+
+def lock(run):
+    """Keep other processes out of the run folder for as long as the returned file is open; raises ValueError where one is in it."""
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--run_dir {run} is in use: another process trains in it") from None
+    return file
+
+
+def read_metrics(run, done):
+    """The lines of metrics.jsonl up to iteration `done`; raises ValueError if one is missing. A kill may have cut the last one short."""
+    lines = []
+    for text in (run / "metrics.jsonl").read_text().splitlines() if done else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if line["iteration"] <= done:
+            lines.append(line)
+    if [line["iteration"] for line in lines if line["iteration"]] != list(range(1, done + 1)):
+        raise ValueError(f"{run / 'metrics.jsonl'} does not hold the iterations 1 to {done} that the newest checkpoint comes from")
+    return lines
+
+
+def open_metrics(run, lines):
+    """metrics.jsonl with these lines, open to append others."""
+    write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return open(run / "metrics.jsonl", "a", buffering=1)
