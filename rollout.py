@@ -45,7 +45,7 @@ class Engine:
         self.on_gpu, self.stop, self.asleep, self.on_step = torch.cuda.is_available(), list(stop), False, on_step
         self.group, self.groups = dist.get_rank() // tensor_parallel, dist.get_world_size() // tensor_parallel
         self.leads = dist.get_rank() % tensor_parallel == 0
-        self.running, self.submitted, self.steps = {}, 0, 0  # running: number of a request -> its key
+        self.running, self.submitted, self.steps = {}, 0, 0  # running: number of a request -> (its key, n)
         self.aborted = 0  # completions that the engine gave up; they count as unfinished
         bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
         self.llm = LLM(
@@ -81,15 +81,22 @@ class Engine:
         )  # fmt: skip
         number = str(self.submitted)
         self.submitted += 1
-        self.running[number] = key
+        self.running[number] = key, n
         self.llm.llm_engine.add_request(number, {"prompt_token_ids": prompt}, params)
 
     def step(self):
         """One step of the engine, which adds a token to each sequence it works at: [(key, n Completions)] of the requests that end with it."""
         self.on_step()
         self.steps += 1
-        outputs = self.llm.llm_engine.step()
-        return [(self.running.pop(output.request_id), [self._completion(c) for c in output.outputs]) for output in outputs]
+        ended = {output.request_id: [self._completion(c) for c in output.outputs] for output in self.llm.llm_engine.step()}
+        if not ended and not self.llm.llm_engine.has_unfinished_requests():
+            ended = {number: [] for number in self.running}  # it gave these up without a word
+        done = []
+        for number, completions in ended.items():
+            key, n = self.running.pop(number)
+            self.aborted += n - len(completions)
+            done.append((key, completions + [Completion([], False, None)] * (n - len(completions))))
+        return done
 
     def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
         """Sample n completions for each prompt.

@@ -238,6 +238,8 @@ def load_tokenizer(s):
         hint = "run `python sft.py` first, or " if s.model == DEFAULTS["arithmetic"]["model"] else ""
         reason = str(error).split("\n")[0]
         raise ValueError(f"--model {s.model} cannot be loaded: {hint}name a Hugging Face folder or hub model ({reason})") from None
+    if Path(s.model).is_dir() and not list(Path(s.model).glob("*.safetensors")):
+        raise ValueError(f"--model {s.model} has no weights in safetensors files: others are pickles, which can run code, and are not read")
     if limit and s.max_sequence > limit:
         raise ValueError(f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {s.model}")
     return tokenizer

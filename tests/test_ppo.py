@@ -269,6 +269,50 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(tiny_model, device
         assert torch.equal(tensor, before[name]), name
 
 
+def test_many_skipped_steps_in_a_row_end_the_run_with_the_weights_as_they_were(tiny_model, device):
+    trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=2)
+    before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}
+    trainer.MAX_SKIPPED = 4
+    broken = episodes()
+    broken[3]["advantages"][0] = float("nan")
+    assert trainer.update(broken)["skipped_steps"] == 2 and trainer.skipped == 2
+    with pytest.raises(RuntimeError, match="4 optimizer steps in a row were skipped.*loss nan"):
+        trainer.update(broken)
+    for name, tensor in ppo.full_tensors(trainer.model):
+        assert torch.equal(tensor, before[name]), name
+    trainer.update(episodes())
+    assert trainer.skipped == 0
+
+
+def test_responses_without_a_token_and_equal_rewards_go_through(tiny_model, device):
+    """What the engine gave up before its first token; and advantages that are all equal."""
+    for all_empty in (True, False):
+        trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=2)
+        batch = episodes()
+        for i, e in enumerate(batch):
+            if all_empty or i % 3 == 0:
+                e |= dict(response_ids=[], advantages=[])
+            e["advantages"] = [0.5] * len(e["advantages"])
+        metrics = trainer.update(batch)
+        assert all(math.isfinite(value) for value in metrics.values()) and metrics["skipped_steps"] == 0, metrics
+        assert metrics["grad_norm"] < 1e-6
+
+
+def test_pickled_weights_and_code_of_a_model_are_not_touched(device, tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        ppo.load_sharded(tmp_path, device)
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}'
+    )
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        ppo.load_sharded(tmp_path, device)
+    assert not (tmp_path / "it_ran").exists()
+
+
 def test_a_step_whose_mean_ratio_is_too_large_is_skipped(tiny_model, device):
     trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=2)
     before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}

@@ -107,3 +107,49 @@ def test_requests_may_come_while_others_are_written(engine, models):
     assert [done[key][0].token_ids for key in ("a", "b", ("late", 1))] == [c.token_ids for (c,) in alone]
     longest = max(len(c.token_ids) for (c,) in alone)
     assert longest <= engine.steps - start <= longest + 30  # beside each other, not one after the other
+
+
+def test_what_the_engine_gives_up_is_unfinished_and_counted(engine, models):
+    """Requests that vLLM drops with a final output, without one, and beside others that go on."""
+    for alone in (True, False):
+        before, done = engine.aborted, {}
+        for key, n in [("dropped", 3)] if alone else [("dropped", 3), ("kept", 2)]:
+            engine.submit(key, PROMPT, n, 60, 1.0)
+        number = next(iter(engine.running))
+        done |= engine.step()
+        engine.llm.llm_engine.abort_request([number])
+        while engine.running:
+            done |= engine.step()
+        assert len(done["dropped"]) == 3 and not any(c.finished for c in done["dropped"])
+        assert engine.aborted - before == 3
+        assert alone or len(done["kept"]) == 2 and all(c.token_ids for c in done["kept"])
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    engine.load_weights(ppo.full_tensors(models[0]))  # nothing is left running: the cache can be dropped
+
+
+def test_on_step_can_give_the_work_up(engine, models):
+    class Enough(Exception):
+        pass
+
+    def enough():
+        if engine.steps == start + 5:
+            raise Enough
+
+    start, engine.on_step = engine.steps, enough
+    engine.submit("a", PROMPT, 1, 60, 0.0)
+    with pytest.raises(Enough):
+        while engine.running:
+            engine.step()
+    engine.on_step = lambda: None
+    while engine.running:
+        engine.step()
+
+
+def test_samples_depend_on_the_seed_alone(engine, models):
+    sample = lambda: [c.token_ids for c in engine.generate([PROMPT], 20, 8, 1.0)[0]]
+    engine.seed(3, 1)
+    first, second = sample(), sample()
+    engine.seed(3, 1)
+    assert sample() == first != second
+    engine.seed(3, 2)
+    assert sample() != first

@@ -1,9 +1,11 @@
 """Whole runs, started as their user would start them, and every bad input's one line."""
 
 import json
+import math
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +105,38 @@ def assert_stored(solutions):
     assert [(step["value"], step["right"], step["K"]) for step in right["steps"]] == [(0.5, 2, 4), (0.5, 2, 4), (1.0, 4, 4)]
     assert right["steps"][1]["rollouts"] == [(1.0, "\nb\nc\n#### b")] * 2 + [(0.0, "\nx\nc\n#### x")] * 2
     assert [step["right"] for step in wrong["steps"]] == [2, 2, 0]
+
+
+def test_engine_and_trainer_that_disagree_are_told_of_once_or_stop_the_run():
+    said, s = [], train.Settings()
+    fine, wide, nan = ({"logprob_gap": gap, "skipped_steps": 0} for gap in (1e-6, 0.004, float("nan")))
+    assert not train.check_update(fine, s, torch.float32, said.append, False) and said == []
+    assert train.check_update(wide, s, torch.float32, said.append, False) and "ENGINE AND TRAINER DISAGREE" in said.pop()
+    assert train.check_update(nan, s, torch.float32, said.append, True) and said == []
+    assert not train.check_update(wide, s, torch.bfloat16, said.append, False)  # rounding
+    s.max_logprob_gap, s.strict = 0.003, True
+    with pytest.raises(RuntimeError, match="the new weights did not reach the engine"):
+        train.check_update(wide, s, torch.bfloat16, said.append, False)
+    train.check_update(fine | {"skipped_steps": 3}, s, torch.float32, said.append, False)
+    assert said == ["3 skipped steps: a loss or gradient was not finite, or the mean ratio was too large"]
+
+
+def test_an_iteration_in_which_the_engine_gave_everything_up_goes_through(device):
+    class Broken(ScriptedEngine):
+        def complete(self, text, limit, k):
+            return SimpleNamespace(token_ids=[], finished=False, logprobs=None)
+
+    s = train.Settings(responses_per_prompt=2, K=4, step_credit="paper", max_tokens=14, temperature=1.0, top_p=1.0)
+    engine, grader = Broken(None), Grader()
+    values = train.Values(engine, grader, s)
+    episodes = train.sample_responses(engine, grader, [(SimpleNamespace(answer="b", prompt="?"), [ord("?")])], s, values)
+    values.wait()
+    vined = values.set_advantages(episodes)
+    seconds = dict(sample=1.0, values=1.0)
+    metrics = train.iteration_metrics(1, episodes, (vined, grader.counts, (0, 0), 2), {}, seconds, dict(sample=0, values=0))
+    assert metrics["aborted"] == 2 and metrics["unfinished"] == 1 and metrics["reward"] == metrics["states"] == metrics["value_mean"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
+    grader.close()
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------
@@ -293,6 +327,9 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--dataset {columns} --model {model}", 1, "needs a column problem or question, found text"),
     ("--dataset {nogold} --model {model}", 1, "line 1 has no gold answer"),
     ("--dataset {fine}", 1, "--model is missing"),
+    ("--model {pickled}", 1, "has no weights in safetensors files"),
+    ("--model {own_code}", 1, "cannot be loaded"),
+    ("--model {model} --hang_timeout 0", 1, "--hang_timeout 0.0 must be above 0"),
     ("--model no/where", 1, "--model no/where cannot be loaded"),
     ("--model {model} --prompts_per_iteration 3", 2, "--prompts_per_iteration 3 does not divide over 2 ranks: take a multiple of 2"),
     ("--model {model} --minibatch 3", 2, "--minibatch 3 does not divide over 2 ranks"),
@@ -329,7 +366,13 @@ def test_bad_input_gets_one_line_before_anything_loads(arguments, ranks, message
     files = dict(empty="", fine=row * 2, broken=row + "{", columns='{"text": "p"}\n' * 2, nogold='{"problem": "p", "answer": ""}\n' * 2)
     for name, content in files.items():
         (tmp_path / f"{name}.jsonl").write_text(content)
-    filled = arguments.replace("{model}", tiny_model)
+    for name in ("pickled", "own_code"):
+        shutil.copytree(tiny_model, tmp_path / name)
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "own_code" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    (tmp_path / "own_code" / "own.py").write_text("raise SystemExit('it ran')")
+    filled = arguments.replace("{model}", tiny_model).replace("{pickled}", str(tmp_path / "pickled"))
+    filled = filled.replace("{own_code}", str(tmp_path / "own_code"))
     for name in files:
         filled = filled.replace(f"{{{name}}}", str(tmp_path / f"{name}.jsonl"))
     monkeypatch.setattr(sys, "argv", ["train.py", "--run_dir", str(tmp_path / "run"), *filled.split()])
@@ -340,6 +383,12 @@ def test_bad_input_gets_one_line_before_anything_loads(arguments, ranks, message
         train.main()
     assert message in str(exit.value) and "\n" not in str(exit.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_run_folder_of_a_dataset_stays_inside_of_runs():
+    for dataset in ("..", ".", "/", "a/../..", "math"):
+        folder = Path(train.parse_settings(["--dataset", dataset]).run_dir)
+        assert folder.parts[0] == "runs" and len(folder.parts) == 2 and ".." not in folder.parts, dataset
 
 
 def test_bad_input_from_the_shell(tmp_path):
