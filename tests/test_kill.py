@@ -52,7 +52,7 @@ def start_and_kill(command, run, marker, rng, moment, further):
         time.sleep(rng.uniform(0, 0.05))
     hit = "finished" if process.poll() is not None else moment + (", while it writes" if list(run.glob("checkpoints/*.unfinished")) else "")
     everything = rng.random() < 0.5
-    for pid in left_running(marker) if everything else left_running(marker, "train.py", rank=rng.randrange(2))[:1]:
+    for pid in left_running(marker) if everything else left_running(marker, "train.py", rank=rng.randrange(2)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
@@ -69,7 +69,7 @@ SHORT = ["saving", "training"]
 LONG = ["any", "training", "training", "saving", "saving", "saving"] * 6
 
 
-@pytest.mark.parametrize("moments,iterations", [(SHORT, 12), pytest.param(LONG, 200, marks=pytest.mark.slow)], ids=["short", "long"])
+@pytest.mark.parametrize("moments,iterations", [(SHORT, 12), pytest.param(LONG, 400, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_a_run_that_is_killed_again_and_again_ends_whole(moments, iterations, tmp_path, tiny_model):
     rng, run, hits = random.Random(0), tmp_path / "run", []
     command = [*map(str, ["train.py", *ARGUMENTS, "--model", tiny_model, "--run_dir", run, "--iterations", iterations])]

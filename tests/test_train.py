@@ -360,6 +360,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
 
 @pytest.mark.parametrize("arguments,ranks,message", BAD_INPUT, ids=[a for a, _, _ in BAD_INPUT])
 def test_bad_input_gets_one_line_before_anything_loads(arguments, ranks, message, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries a network that may not be there for 20 s
     if "wandb" in arguments:
         monkeypatch.setitem(sys.modules, "wandb", None)
     row = '{"problem": "p", "answer": "1"}\n'
