@@ -1,6 +1,6 @@
 # make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
 # make compare: the runs of experiments/compare.py that have no result yet, then its pictures; two hours on two cores.
-# make analyze: values and gradients of three of those runs' checkpoints.
+# make analyze: values and gradients of three of those runs' checkpoints, which are run again where they are missing.
 PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -42,7 +42,10 @@ compare: install runs/compare/sft/model.safetensors
 	$(VENV)/bin/python experiments/compare.py draw
 
 ANALYZED := $(addprefix runs/compare/,ppo-s0/checkpoints/40 ppo-256-s0/checkpoints/40 vineppo-K9-s0/checkpoints/40)
-analyze: install
+runs/compare/%/checkpoints/40: | install runs/compare/sft/model.safetensors
+	$(VENV)/bin/python experiments/compare.py again $*
+
+analyze: install $(ANALYZED)
 	$(TORCHRUN) experiments/values.py $(ANALYZED) --next_step_temperature 1.5
 
 test: install

@@ -3,6 +3,7 @@
     python experiments/compare.py run          # every run that has no result yet, one process a core; stop it and start it at will
     python experiments/compare.py run --only 'rloo.*'
     python experiments/compare.py draw         # pictures and tables from the results alone
+    python experiments/compare.py again NAME   # a run once more, for its checkpoints in runs/compare/NAME; its result stays as it is
 
 `make compare` does both, after sft.py. A finished run leaves experiments/results/compare/NAME.json: its curve, command, settings, and the commit
 that made it; a result counts only as long as its command is the planned one. First comes a search for each method's learning rate, on two seeds of
@@ -123,6 +124,15 @@ def execute(name, command):
         train.main()
     else:
         runpy.run_module(program, run_name="__main__")
+
+
+def again(name):
+    """A run of the plan as it is now, on one thread as all of them, whatever its result; if it was stopped it goes on."""
+    commands = planned(load_results())
+    if name not in commands:
+        sys.exit(f"compare.py: there is no run {name}: name one of {', '.join(commands)}")
+    command = [sys.executable, *commands[name].split(), "--model", MODEL.relative_to(ROOT), "--run_dir", (RUNS / name).relative_to(ROOT)]
+    sys.exit(subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode)
 
 
 def curve_of(folder):
@@ -359,8 +369,10 @@ def main():
         run(sys.argv[3] if len(sys.argv) == 4 else "")
     elif sys.argv[1:] == ["draw"]:
         draw()
+    elif sys.argv[1:2] == ["again"] and len(sys.argv) == 3:
+        again(sys.argv[2])
     else:
-        sys.exit("usage: python experiments/compare.py run [--only REGEX] | draw")
+        sys.exit("usage: python experiments/compare.py run [--only REGEX] | draw | again NAME")
 
 
 if __name__ == "__main__":
