@@ -483,7 +483,9 @@ def train_run(s, run, start, lines, tokenizer, train, test, device, watch):
             say(
                 f"accuracy {accuracy:.4f} ({len(test)} problems, {samples} responses, temperature {s.eval_temperature}, top_p {s.eval_top_p})"
             )
-        return shut_down(engine, grader, watch)
+        if watch.error:
+            raise watch.error
+        return watch.exit_code() + shut_down(engine, grader, watch)
 
     engine.sleep()
     episodes_per_iteration = s.prompts_per_iteration * s.responses_per_prompt
@@ -539,7 +541,8 @@ def train_run(s, run, start, lines, tokenizer, train, test, device, watch):
     if s.eval_every and (done % s.eval_every == 0 or done == s.iterations) and "accuracy" not in (lines[-1] if lines else {}):
         # before training, or where the run was stopped in the middle of an evaluation
         engine.seed(s.seed, done, 1)
-        accuracy, _, _ = evaluate(engine, grader, test, s, watch)
+        with watch.phase("evaluate"):
+            accuracy, _, _ = evaluate(engine, grader, test, s, watch)
         stopped = accuracy is None
         if not stopped:
             lines = [*lines[:-1], (lines[-1] if done else {"iteration": 0}) | {"accuracy": rounded(accuracy)}]
