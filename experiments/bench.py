@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -348,13 +348,14 @@ def bench_head(a, folder):
     m = dict(inputs={}, positions=torch.arange(tokens, device=device), targets=targets)
     body = lambda **_: SimpleNamespace(last_hidden_state=hidden)
     model = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head, config=SimpleNamespace(vocab_size=vocabulary))
+    model.map_logits = MethodType(ppo.map_logits, model)
 
     def run(logprobs):
         head.zero_grad()
         hidden.grad = None
         logprobs().mean().backward()
 
-    chunked = lambda: run(lambda: ppo.map_logits(model, m, lambda logits, targets: ppo.logprobs_from_logits(logits, targets, 0.6)))
+    chunked = lambda: run(lambda: ppo.token_logprobs(model, m, 0.6))
     plain = lambda: run(lambda: (head(hidden[0]) / 0.6).log_softmax(-1).gather(1, targets[:, None]))
     grads = []
     for work in (chunked, plain):
