@@ -105,7 +105,7 @@ def tiny_model(folder, vocab_size=4096, **changes):
 class Workload:
     """Settings, problems with their prompt ids, and an engine and a grader for them: MATH's shape, four times smaller, without a GPU."""
 
-    def __init__(self, model, folder, prompts=8, **changes):
+    def __init__(self, model, folder, prompts=4, **changes):
         from grader import Grader
         from rollout import Engine
 
@@ -247,7 +247,7 @@ def bench_grading(a, folder):
 
 
 def bench_growth(a, folder):
-    """Time and tokens of an iteration's rollouts against K, steps per response and responses."""
+    """Time and tokens of an iteration's rollouts against K, steps per response and responses; each once."""
     w, rows = Workload(a.model, folder), []
     cases = [(f"K = {k}", dict(K=k)) for k in (1, 3, 9, 18)]
     if not a.model:
@@ -255,13 +255,10 @@ def bench_growth(a, folder):
     cases += [(f"{n} responses per prompt", dict(responses_per_prompt=n)) for n in (2, 4, 8, 16)]
     w.iterate()
     for name, changes in cases:
-        runs = []
-        for _ in range(a.repeats):
-            start = time.perf_counter()
-            episodes, vined = w.iterate(**changes)
-            runs.append((time.perf_counter() - start, tokens_of(episodes, vined), len(vined["values"]), w.engine.steps))
-        took, tokens, states, steps = (statistics.median(column) for column in zip(*runs))
-        rows.append(row(name, took, "s", note=f"{tokens:.0f} tokens, {states:.0f} states, {steps:.0f} engine steps"))
+        start = time.perf_counter()
+        episodes, vined = w.iterate(**changes)
+        took, states = time.perf_counter() - start, len(vined["values"])
+        rows.append(row(name, took, "s", note=f"{tokens_of(episodes, vined)} tokens, {states} states, {w.engine.steps} engine steps"))
     return rows
 
 
@@ -288,7 +285,7 @@ def bench_ranks(a, folder):
 
 
 def one_rank(model):
-    """A rank of bench_ranks: three iterations of 64 responses per rank; the last two count."""
+    """A rank of bench_ranks: three iterations of 32 responses per rank; the last two count."""
     import torch.distributed as dist
 
     from watch import Watch
@@ -422,8 +419,8 @@ def bench_iteration(a, folder):
     """One whole iteration, rollouts and update, against naive.py; one rank."""
     from experiments import naive
 
-    w = Workload(a.model, folder, minibatch=64)
-    options = dict(learning_rate=1e-6, minibatch=64)
+    w = Workload(a.model, folder, minibatch=32)
+    options = dict(learning_rate=1e-6, minibatch=32)
     trainer = ppo.Trainer(w.model, w.device, total_steps=100, micro_batch_tokens=w.s.micro_batch_tokens, **options)
     plain_trainer = naive.Trainer(w.model, w.device, micro_batch=8, dtype=ppo.compute_dtype(w.device), **options)
     counted = {"ours": [], "naive": []}

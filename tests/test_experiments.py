@@ -217,6 +217,11 @@ def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, devi
         assert values.squared_gradient(model, episodes, advantages, 0.7, device) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_run_of_the_comparison_can_be_made_again_by_its_name():
+    done = python("experiments/compare.py", "again", "vineppo-K10-s0")
+    assert done.returncode == 1 and "there is no run vineppo-K10-s0: name one of " in done.stderr and "vineppo-K9-s0" in done.stderr
+
+
 def test_values_refuses_what_is_no_checkpoint(tmp_path):
     done = python("experiments/values.py", tmp_path)
     assert done.returncode == 1 and done.stderr.strip() == f"values.py: {tmp_path} is no RUN/checkpoints/N of train.py"
