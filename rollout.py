@@ -12,6 +12,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -69,7 +70,9 @@ class Engine:
 
     def seed(self, *numbers):
         """What is sampled from here on depends on these integers, the weights and the rank's group alone: not on what was sampled before."""
-        torch.manual_seed(hash((*numbers, self.group)) % 2**63)  # vLLM draws from torch's global generators
+        number = hash((*numbers, self.group))
+        torch.manual_seed(number % 2**63)  # vLLM draws from the global generators: torch's, or on GPUs for top_p = 1 numpy's
+        np.random.seed(number % 2**32)
         self._forget_prefixes()  # a cached prefix differs from one computed anew in the last bit
 
     def submit(self, key, prompt, n, max_tokens, temperature, top_p=1.0, logprobs=False):

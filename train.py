@@ -341,17 +341,18 @@ class Values:
         self.grader.start(*to_grade(new))
 
     def wait(self):
-        """Until all rollouts have ended."""
+        """Until all rollouts have ended and are graded."""
         while self.engine.running:
             for (_, i), completions in self.engine.step():
                 self.take(i, completions)
-
-    def set_advantages(self, episodes):
-        """When all rollouts have ended. Returns the states' values and what they cost, and the rollouts for show.py."""
-        by_state = [[] for _ in self.states]
         for rollout, reward in zip(self.rollouts, rewards(self.grader, self.rollouts)):
             rollout["reward"] = reward
-            by_state[rollout["state"]].append(reward)
+
+    def set_advantages(self, episodes):
+        """After wait. Returns the states' values and what they cost, and the rollouts for show.py."""
+        by_state = [[] for _ in self.states]
+        for rollout in self.rollouts:
+            by_state[rollout["state"]].append(rollout["reward"])
         values = vine.monte_carlo_values(by_state)
         for e in episodes:
             e["values"] = [None if i is None else values[i] for i in e["states"]]
@@ -451,13 +452,19 @@ def main():
         (train, too_long), (test, test_too_long) = [data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat) for p in problems]
         if not train or not test:
             raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {s.max_sequence - s.max_tokens} tokens")
-        lines = run_folder.read_metrics(run, start[0])
-        lock = run_folder.lock(run) if first and not s.eval_only else None
+        lock, lines = None, []
+        if first and not s.eval_only:
+            lock = run_folder.lock(run)
+            start = start_of(s, run)  # once more: a run that was ending may have saved since
+            lines = run_folder.read_metrics(run, start[0])
     except (ValueError, OSError) as error:
         ppo.refuse(f"train.py: {error}")
     if too_long + test_too_long and first:
         print(f"skipped {too_long + test_too_long} problems: their prompts are longer than --max_sequence - --max_tokens")
     device = ppo.init_distributed()
+    found = [start, lines]
+    dist.broadcast_object_list(found)  # as rank 0 saw them
+    start, lines = found
     with Watch(s.hang_timeout, s.tensor_parallel_size) as watch:
         code = train_run(s, run, start, lines, tokenizer, train, test[: s.eval_problems], device, watch)
     if lock:
@@ -533,7 +540,7 @@ def train_run(s, run, start, lines, tokenizer, train, test, device, watch):
 
         run_folder.write_checkpoint(run, done, write, s.keep_checkpoints)
 
-    engine.load_weights(ppo.full_tensors(trainer.model))
+    engine.load_weights(watch.each(ppo.full_tensors(trainer.model)))
     settings = json.dumps(dataclasses.asdict(s), indent=1) + "\n"
     report = reporter(s, run, done) if rank == 0 else None
     stopped, saved, warned, accuracy = False, done, False, None
@@ -582,7 +589,7 @@ def train_run(s, run, start, lines, tokenizer, train, test, device, watch):
             update = trainer.update(episodes) | (critic.update(episodes) if critic else {})
         warned = check_update(update, s, trainer.compute_dtype, say, warned)
         with phases("sync"):
-            engine.load_weights(ppo.full_tensors(trainer.model))
+            engine.load_weights(watch.each(ppo.full_tensors(trainer.model)))
         if s.store_every and (iteration == 0 or (iteration + 1) % s.store_every == 0):
             solutions = over_ranks(show.record(episodes, vined and vined["rollouts"], engine.decode))
             if rank == 0:

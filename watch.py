@@ -8,7 +8,8 @@
 
 A thread of each rank meets those of the others once a second and tells them how far its rank is. So everybody learns of everybody:
 
-    signal    SIGTERM or SIGINT to any rank: all stop, at once before `graceful` is set, later at the next meeting; a second one ends the process
+    signal    SIGTERM or SIGINT to any rank: all stop, at once before `graceful` is set, later at the next meeting; another one, AGAIN seconds
+              later, ends the process (sooner it may be the same: a scheduler's to all processes, then torchrun's to its ranks)
     failure   an exception ends its rank with the reason, and the others with it; in a droppable block, after the next meeting
     hang      in a phase and neither waiting nor showing progress for hang_timeout seconds; or, frozen, silent for SILENT seconds
     death     of a rank (its connection closes) or of torchrun, which would leave its ranks behind
@@ -74,6 +75,12 @@ class Watch:
             if stop.item():
                 raise Dropped
 
+    def each(self, items):
+        """The items, each a sign of progress."""
+        for item in items:
+            self.beat()
+            yield item
+
     @contextmanager
     def phase(self, name):
         """Inside, this rank must show progress."""
@@ -99,11 +106,12 @@ class Watch:
 
     def stopping(self):
         """Whether the run is to stop; all ranks call it and get the same answer."""
-        stop = torch.tensor([self.stop != 0], dtype=torch.int32)
+        stop = torch.tensor([max(self.stop, self.stop != 0)], dtype=torch.int32)  # an error as 1: any signal's number is larger
         self.waits = True
         dist.all_reduce(stop, dist.ReduceOp.MAX)
         self.waits = False
         self.beat()
+        self.stop = self.stop or (stop.item() if stop.item() > 1 else -stop.item())
         return bool(stop.item())
 
     def exit_code(self):
@@ -146,12 +154,13 @@ class Watch:
     # --- for its threads ------------------------------------------------------------------------------------------------------------
 
     def _listen(self, pipe):
+        heard = None
         while True:
             for number in os.read(pipe, 64):
                 if number in (signal.SIGTERM, signal.SIGINT):
-                    if self.stop > 0 or not self.graceful:
+                    if not self.graceful or heard and time.monotonic() - heard > self.AGAIN:
                         os._exit(128 + number)
-                    self.stop = number
+                    heard, self.stop = heard or time.monotonic(), number
 
     def _meet(self):
         progress, stopped_at = [(None, 0.0)] * self.world, None  # of each rank: (beats, since when they have not changed)
@@ -176,7 +185,7 @@ class Watch:
             now = time.monotonic()
             if not self.stop and (stop := next((r["stop"] for r in ranks if r["stop"]), 0)):
                 self.stop = stop
-            if self.stop > 0 and not self.graceful:
+            if self.stop > 0 and not self.graceful and not self.closing:
                 os._exit(128 + self.stop)
             stopped_at = stopped_at or (self.stop and now) or None
             if self.stop > 0 and self.name and now - stopped_at > self.GRACE:

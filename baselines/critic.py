@@ -117,5 +117,6 @@ def explained_variance(tokens):
     returns, errors = tokens["returns"].double(), (tokens["returns"] - tokens["values"]).double()
     sums = [returns.new_tensor(len(returns)), *((x**power).sum() for x in (returns, errors) for power in (1, 2))]
     n, g, gg, e, ee = ppo.sum_over_ranks(torch.stack(sums)).tolist()
+    n = max(n, 1)
     variance = gg / n - (g / n) ** 2
     return 1 - (ee / n - (e / n) ** 2) / variance if variance > 1e-12 else 0.0

@@ -97,7 +97,7 @@ def measure_states(engine, grader, critic, batch, s, arguments):
         row |= estimates(rewards, arguments.truth_rollouts)
     if critic:
         most = max(train.over_ranks([len(states)]))
-        padded = states + [states[0]] * (most - len(states))  # FSDP: as many passes on every rank
+        padded = states + [(batch[0][1], [])] * (most - len(states))  # FSDP: as many passes on every rank
         for row, value in zip(rows, network_values(critic, padded)):
             row["value network"] = value
     rows = train.over_ranks(rows)
