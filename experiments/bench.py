@@ -110,7 +110,7 @@ class Workload:
         from rollout import Engine
 
         self.device = ppo.init_distributed()
-        self.model = model or tiny_model(folder)
+        self.model = model or (folder if (Path(folder) / "config.json").exists() else tiny_model(folder))
         s = train.parse_settings(["--dataset", "math", "--model", str(self.model)])
         if model:
             import data
@@ -292,8 +292,12 @@ def one_rank(model):
 
     ppo.init_distributed()
     with Watch() as watch:
-        with tempfile.TemporaryDirectory() as folder:  # each rank its own
-            w = Workload(None if model == "tiny" else model, folder)
+        with tempfile.TemporaryDirectory() as folder:
+            if dist.get_rank() == 0:
+                tiny_model(folder)
+            folders = train.over_ranks([folder])  # rank 0's has the model
+            w = Workload(None if model == "tiny" else model, folders[0])
+            dist.barrier()
         times, tokens = 0.0, 0
         for i in range(3):
             dist.barrier()
