@@ -40,11 +40,10 @@ class Watch:
     number, and are dropped after the same one (the ranks that share an engine).
     """
 
-    EVERY, SILENT, GRACE = (
-        1.0,
-        60,
-        60,
-    )  # seconds: between meetings of the threads; until a frozen rank is given up; from a signal to the end of a phase
+    EVERY = 1.0  # seconds between the meetings of the threads
+    SILENT = 60  # seconds until a frozen rank is given up
+    GRACE = 60  # seconds from a signal to the end of a phase
+    AGAIN = 2.0  # seconds until a signal is a second one
 
     def __init__(self, hang_timeout=None, together=1):
         self.rank, self.world, self.hang_timeout = dist.get_rank(), dist.get_world_size(), hang_timeout
