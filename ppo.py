@@ -240,8 +240,7 @@ def map_logits(self, micro, function):
 
 def token_logprobs(model, micro, temperature=1.0):
     """Log-probabilities of the action tokens of a micro-batch, at the temperature they were sampled at: [N]."""
-    # divided in place, so that backward keeps a chunk's logits once
-    return model.map_logits(micro, lambda logits, targets: logprobs_from_logits(logits.float().div_(temperature), targets))
+    return model.map_logits(micro, lambda logits, targets: logprobs_from_logits(logits, targets, temperature))
 
 
 def collate(episodes, names, device):

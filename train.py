@@ -245,7 +245,7 @@ def load_tokenizer(s):
     return tokenizer
 
 
-FREE = [  # settings that may change in the middle of a run: of the machine, and of what is evaluated, saved and said
+MAY_CHANGE = [  # settings that may change in the middle of a run: of the machine, and of what is evaluated, saved and said
     "run_dir", "resume", "report_to", "micro_batch_tokens", "hybrid_sharding", "tensor_parallel_size", "hang_timeout", "max_logprob_gap", "strict",
     "trust_remote_code", "activation_checkpointing", "gpu_memory", "max_sequences", "grader_workers", "plan", "keep_checkpoints",
 ]  # fmt: skip
@@ -266,9 +266,9 @@ def start_of(s, run):
     before = json.loads(known.read_text())
     changed = {name: value for name, value in dataclasses.asdict(s).items() if name in before and before[name] != value}
     told = lambda names: "; ".join(f"--{name} was {before[name]}, now {changed[name]}" for name in names)
-    bound = [name for name in changed if name not in FREE and not name.startswith(("eval_", "save_", "store_"))]
-    if bound:
-        raise ValueError(f"--run_dir {run} holds a run with other settings: {told(bound)}: name another folder, or take them back")
+    fixed = [name for name in changed if name not in MAY_CHANGE and not name.startswith(("eval_", "save_", "store_"))]
+    if fixed:
+        raise ValueError(f"--run_dir {run} holds a run with other settings: {told(fixed)}: name another folder, or take them back")
     return done, folder, [told([name]) for name in changed if name not in ("run_dir", "resume")]
 
 

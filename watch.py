@@ -36,8 +36,8 @@ class Dropped(Exception):
 
 
 class Watch:
-    """See above. hang_timeout: seconds; None: nobody is taken to hang. together: so many consecutive ranks take their steps in pairs with the same
-    number, and are dropped after the same one (the ranks that share an engine).
+    """See above. hang_timeout: seconds; None: nobody is taken to hang. together: so many consecutive ranks (those that share an engine) take the
+    same steps, and leave a droppable block after the same one.
     """
 
     EVERY = 1.0  # seconds between the meetings of the threads
@@ -49,11 +49,11 @@ class Watch:
         self.rank, self.world, self.hang_timeout = dist.get_rank(), dist.get_world_size(), hang_timeout
         self.stop, self.error = 0, None  # stop: number of the signal, or -1 after an error in a droppable block, here or elsewhere
         self.graceful = False  # set it once there is something to save
-        self.beats, self.steps, self.name, self.waits, self.failed, self.closing = 0, 0, None, False, False, False
+        self.beats, self.steps, self.phase_name, self.waits, self.failed, self.closing = 0, 0, None, False, False, False
         self.told, self.cause = threading.Event(), None  # told: the others know of this rank's failure, or it knows the cause, another's
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.SILENT))
-        self.pair = dist.new_subgroups(together)[0] if together > 1 else None
+        self.lockstep = dist.new_subgroups(together)[0] if together > 1 else None
 
     # --- for the main thread --------------------------------------------------------------------------------------------------------
 
@@ -65,12 +65,12 @@ class Watch:
         """A sign of progress inside of a droppable block; raises Dropped if the run is to stop."""
         self.beat()
         self.steps += 1
-        if self.pair is None:
+        if self.lockstep is None:
             if self.stop:
                 raise Dropped
-        elif self.steps % 16 == 0:  # a rank that left alone would leave its partner waiting inside the engine
+        elif self.steps % 16 == 0:  # a rank that left alone would leave the others waiting inside the engine
             stop = torch.tensor([self.stop != 0], dtype=torch.int32)
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.pair)
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.lockstep)
             if stop.item():
                 raise Dropped
 
@@ -84,11 +84,11 @@ class Watch:
     def phase(self, name):
         """Inside, this rank must show progress."""
         self.beat()
-        self.name = name
+        self.phase_name = name
         try:
             yield
         finally:
-            self.name = None
+            self.phase_name = None
             self.beat()
 
     @contextmanager
@@ -168,7 +168,7 @@ class Watch:
             if self.parent not in (None, os.getppid()):
                 self._end("torchrun is gone; this rank stops", 1)
             own = dict(
-                stop=self.stop, beats=self.beats, name=self.name, waits=self.waits, failed=self.failed, closing=self.closing
+                stop=self.stop, beats=self.beats, phase=self.phase_name, waits=self.waits, failed=self.failed, closing=self.closing
             )  # fmt: skip
             ranks = [None] * self.world
             try:
@@ -187,8 +187,8 @@ class Watch:
             if self.stop > 0 and not self.graceful and not self.closing:
                 os._exit(128 + self.stop)
             stopped_at = stopped_at or (self.stop and now) or None
-            if self.stop > 0 and self.name and now - stopped_at > self.GRACE:
-                self._end(f"{self.name} did not end within {self.GRACE} s; what was saved before stands", 128 + self.stop)
+            if self.stop > 0 and self.phase_name and now - stopped_at > self.GRACE:
+                self._end(f"{self.phase_name} did not end within {self.GRACE} s; what was saved before stands", 128 + self.stop)
             for i, r in enumerate(ranks):
                 if r["beats"] != progress[i][0] or r["waits"]:
                     progress[i] = r["beats"], now
@@ -203,11 +203,11 @@ class Watch:
 
     def _end_hang(self, ranks, idle):
         """End the run if ranks have been idle for too long, in seconds."""
-        limit = lambda r: self.hang_timeout * (1 if r["name"] else 20)  # starting and saving take longer
+        limit = lambda r: self.hang_timeout * (1 if r["phase"] else 20)  # starting and saving take longer
         hung = [i for i, r in enumerate(ranks) if self.hang_timeout and idle[i] > limit(r)]
         if not hung:
             return
         if self.rank in hung:
             faulthandler.dump_traceback(all_threads=True)
-        where = ", ".join(f"rank {i} in {ranks[i]['name'] or 'starting or saving'} for {idle[i]:.0f} s" for i in hung)
+        where = ", ".join(f"rank {i} in {ranks[i]['phase'] or 'starting or saving'} for {idle[i]:.0f} s" for i in hung)
         self._end(f"no progress: {where}; all ranks stop (a machine that is only slow needs a larger --hang_timeout)", 1)
