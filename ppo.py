@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 # --- the formulas ---------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def load_sharded(
         setattr(config, name, value)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None):
-            raise ValueError(f"{path}: its logits are the head's output changed by {name}, which map_logits does not do")
+            raise ValueError(f"{path}: its logits are the head's output changed by {name}, which through_head does not do")
     dtype = "auto" if trainable else compute
     model = architecture.from_pretrained(
         path, config=config, dtype=dtype, attn_implementation="packed", trust_remote_code=trust_remote_code, use_safetensors=True
@@ -162,8 +162,8 @@ def load_sharded(
         # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
         fully_shard(module.float() if trainable else module, **sharding)
     if model.get_output_embeddings() is not None:
-        model.map_logits = types.MethodType(map_logits, model)
-        register_fsdp_forward_method(model, "map_logits")
+        model.through_head = types.MethodType(through_head, model)
+        register_fsdp_forward_method(model, "through_head")
     return model
 
 
@@ -225,22 +225,54 @@ AttentionInterface.register("packed", packed_attention)
 LOGITS = 2**26  # at a time; 256 MiB in float32
 
 
-def map_logits(self, micro, function):
-    """function(logits [n, V], targets [n]) -> [n, ...] over the action tokens of a micro-batch, a chunk of them after the other.
+def through_head(self, micro, function):
+    """function(hidden states [N, D], head, targets [N]) for the action tokens of a micro-batch: only they pass through the head.
 
-    Only they pass through the head, and of their logits no more than LOGITS exist at a time: backward computes each chunk anew.
     load_sharded makes this a method of the model, so that FSDP gathers the parameters for it as for forward.
     """
     hidden = self.base_model(**micro["inputs"], use_cache=False).last_hidden_state[0, micro["positions"]]  # [N, D]
-    head, size = self.get_output_embeddings(), max(1, LOGITS // self.config.vocab_size)
-    chunks = zip(hidden.split(size), micro["targets"].split(size))
-    of_chunk = lambda hidden, targets: function(head(hidden), targets)
-    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    return function(hidden, self.get_output_embeddings(), micro["targets"])
+
+
+def in_chunks(vocabulary, *tensors):
+    """The tensors [N, ..] in pieces of as many tokens as have no more than LOGITS logits."""
+    return zip(*(x.split(max(1, LOGITS // vocabulary)) for x in tensors))
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """logprobs_from_logits behind a linear head, [N], without its [N, V] logits: those of one chunk exist at a time, and backward makes them anew.
+
+    hidden [N, D], weight [V, D], bias [V] or None, targets [N]. Backward adds each chunk's part to the gradients in place:
+
+        d log pi(y) / d logits = (1[y] - softmax(logits / temperature)) / temperature
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.temperature = temperature
+        chunks = in_chunks(len(weight), hidden, targets)
+        return torch.cat([logprobs_from_logits(F.linear(h, weight, bias), y, temperature) for h, y in chunks])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = torch.empty_like(hidden), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        for h, y, g, d_h in in_chunks(len(weight), hidden, targets, grad / ctx.temperature, d_hidden):
+            d_logits = (F.linear(h, weight, bias).float() / ctx.temperature).softmax(-1).mul_(-g[:, None])  # [n, V]
+            d_logits = d_logits.scatter_add_(1, y[:, None], g[:, None]).to(weight.dtype)
+            torch.mm(d_logits, weight, out=d_h)
+            d_weight.addmm_(d_logits.T, h)
+            if bias is not None:
+                d_bias += d_logits.sum(0)
+        return d_hidden, d_weight, d_bias, None, None
 
 
 def token_logprobs(model, micro, temperature=1.0):
     """Log-probabilities of the action tokens of a micro-batch, at the temperature they were sampled at: [N]."""
-    return model.map_logits(micro, lambda logits, targets: logprobs_from_logits(logits, targets, temperature))
+    logprobs = lambda hidden, head, targets: ChunkedLogprobs.apply(hidden, head.weight, head.bias, targets, temperature)
+    return model.through_head(micro, logprobs)
 
 
 def collate(episodes, names, device):
@@ -434,17 +466,18 @@ class Trainer:
         """
         tokens = batch["tokens"]
         old, ref = tokens["old_logprobs"], tokens["ref_logprobs"] = torch.zeros(2, len(tokens["advantages"]), device=self.device)
-        scores = lambda logits, targets: torch.stack(
-            [
-                logprobs_from_logits(logits, targets, self.temperature),
-                logprobs_from_logits(logits, targets),
-                token_entropy(logits, self.temperature),
-            ],
-            -1,
-        )
+
+        def scores(hidden, head, targets):
+            parts = []
+            for h, y in in_chunks(len(head.weight), hidden, targets):
+                logits = head(h)
+                logprobs = logprobs_from_logits(logits, y, self.temperature)
+                parts.append(torch.stack([logprobs, logprobs_from_logits(logits, y), token_entropy(logits, self.temperature)]))
+            return torch.cat(parts, 1)  # [3, N]
+
         sums = torch.zeros(3, device=self.device)
         for m in micro_batches(batch, range(len(batch["episodes"])), self.micro_batch_tokens):
-            logprobs, at_one, entropy = self.model.map_logits(m, scores).unbind(-1)
+            logprobs, at_one, entropy = self.model.through_head(m, scores)
             old[m["tokens"]] = logprobs
             ref[m["tokens"]] = token_logprobs(self.reference, m, self.temperature) if self.step else logprobs
             d = ref[m["tokens"]] - logprobs

@@ -348,8 +348,8 @@ def bench_head(a, folder):
     hidden, targets = torch.randn(1, tokens, width, device=device, requires_grad=True), torch.randint(vocabulary, (tokens,), device=device)
     m = dict(inputs={}, positions=torch.arange(tokens, device=device), targets=targets)
     body = lambda **_: SimpleNamespace(last_hidden_state=hidden)
-    model = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head, config=SimpleNamespace(vocab_size=vocabulary))
-    model.map_logits = MethodType(ppo.map_logits, model)
+    model = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head)
+    model.through_head = MethodType(ppo.through_head, model)
 
     def run(logprobs):
         head.zero_grad()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import python, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +109,22 @@ def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_mod
     empty.sum().backward()  # all parameters take part, so that FSDP's passes are the same on all ranks
     for (name, a), b in zip(model.named_parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad.full_tensor(), b.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_chunked_head_has_the_gradients_of_all_logits_at_once(monkeypatch):
+    """Also those of a bias, and with a weight of its own for each token; bf16 up to its rounding."""
+    monkeypatch.setattr(ppo, "LOGITS", 3 * 20)
+    targets, upstream = torch.randint(20, (10,)), torch.randn(10)
+    whole = [torch.randn(10, 8), torch.randn(20, 8), torch.randn(20)]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.03)):
+        chunked = [x.detach().to(dtype).requires_grad_() for x in whole]
+        plain = [x.detach().double().requires_grad_() for x in chunked]
+        got = ppo.ChunkedLogprobs.apply(*chunked, targets, 0.6)
+        expected = (F.linear(*plain) / 0.6).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        got.backward(upstream)
+        expected.backward(upstream.double())
+        for a, b in [(got, expected)] + [(x.grad, y.grad) for x, y in zip(chunked, plain)]:
+            assert (a - b).norm() < tolerance * b.norm()
 
 
 def test_a_sliding_window_is_kept(tiny_model, device, tmp_path):
