@@ -67,6 +67,7 @@ class Engine:
             disable_log_stats=False,  # counts the prefix cache's hits
         )
         self.tokenizer = self.llm.get_tokenizer()
+        self.max_sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
     def seed(self, *numbers):
         """What is sampled from here on depends on these integers, the weights and the rank's group alone: not on what was sampled before."""
@@ -86,6 +87,10 @@ class Engine:
         self.submitted += 1
         self.running[number] = key, n
         self.llm.llm_engine.add_request(number, {"prompt_token_ids": prompt}, params)
+
+    def has_room(self):
+        """Whether more sequences could run at a time; beyond that they would wait inside of the engine."""
+        return self.llm.llm_engine.get_num_unfinished_requests() < self.max_sequences
 
     def step(self):
         """One step of the engine, which adds a token to each sequence it works at: [(key, n Completions)] of the requests that end with it."""

@@ -24,6 +24,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,11 +288,11 @@ def sample_responses(engine, grader, batch, s, values=None):
         engine.submit(("response", i), e["prompt_ids"], 1, s.max_tokens, s.temperature, s.top_p, logprobs=True)
     missing = len(episodes)
     while missing:
-        for (kind, i), completions in engine.step():
+        for (kind, x), completions in engine.step():
             if kind == "rollouts":
-                values.take(i, completions)
+                values.take(x, completions)
                 continue
-            e, (c,) = episodes[i], completions
+            e, (c,) = episodes[x], completions
             e |= dict(response_ids=c.token_ids, text=engine.text(c.token_ids), finished=c.finished, engine_logprobs=c.logprobs)
             missing -= 1
             if values:
@@ -309,55 +310,100 @@ def rewards(grader, responses):
 class Values:
     """VinePPO's Monte Carlo values of an iteration, each from K rollouts, which begin when the response ends that the state belongs to.
 
-    A state is sent to the engine as the very token ids that were sampled up to it; the rollouts serve its value alone.
+    A state is sent to the engine as the very token ids that were sampled up to it; the rollouts serve its value alone. States for which the
+    engine has no room wait here, so that spread() can deal them to ranks whose problems are shorter.
     """
 
     def __init__(self, engine, grader, s):
         self.engine, self.grader, self.s = engine, grader, s
-        self.numbers, self.states, self.rollouts = {}, [], []  # states: (answer, prefix ids) of each number
+        self.numbers, self.waiting, self.rollouts = {}, deque(), []
 
     def begin(self, e):
-        """Send the states of a response, an episode of sample_responses, to the engine, but for those that are there already."""
-        s, engine = self.s, self.engine
+        """Queue the states of a response, an episode of sample_responses, but for those that are there already."""
+        s, engine, known = self.s, self.engine, len(self.numbers)
         e["boundaries"] = credit.token_boundaries(s.step_credit, e["text"], e["response_ids"], engine.decode)
         e["states"] = vine.number_states(self.numbers, e["prompt_ids"], e["response_ids"], e["boundaries"], s.max_valued_steps)
         for i, cut in zip(e["states"], e["boundaries"]):
-            if i == len(self.states):
-                self.states.append((e["answer"], e["response_ids"][:cut]))
-                left = s.max_tokens - cut  # what the state leaves of the response's token limit
-                engine.submit(("rollouts", i), e["prompt_ids"] + e["response_ids"][:cut], s.K, left, s.temperature, s.top_p)
+            if i is not None and i >= known:
+                state = dict(number=i, group=engine.group, prompt_ids=e["prompt_ids"], prefix=e["response_ids"][:cut], answer=e["answer"])
+                self.waiting.append(state | {"left": len(e["response_ids"]) - cut})
+        self.submit()
 
-    def take(self, i, completions):
-        """The K rollouts from state i. Their grading begins."""
-        answer, prefix = self.states[i]
+    def submit(self):
+        """Send the engine as many of the states that wait as it has room for."""
+        s = self.s
+        while self.waiting and self.engine.has_room():
+            state = self.waiting.popleft()
+            limit = s.max_tokens - len(state["prefix"])  # what the state leaves of the response's token limit
+            self.engine.submit(("rollouts", state), state["prompt_ids"] + state["prefix"], s.K, limit, s.temperature, s.top_p)
+
+    def take(self, state, completions):
+        """The K rollouts from a state. Their grading begins."""
+        prefix = state["prefix"]
         new = [
             dict(
-                text=self.engine.text(prefix + c.token_ids), finished=c.finished or self.engine.stops(prefix + c.token_ids), answer=answer,
-                state=i, tokens=len(c.token_ids),
+                text=self.engine.text(prefix + c.token_ids), finished=c.finished or self.engine.stops(prefix + c.token_ids),
+                answer=state["answer"], state=state["number"], group=state["group"], tokens=len(c.token_ids),
             )
             for c in completions
         ]  # fmt: skip
         self.rollouts += new
         self.grader.start(*to_grade(new))
+        self.submit()
+
+    def spread(self):
+        """Once all ranks have their responses: deal the states that wait so that all engines have equally much to do. All ranks call it.
+
+        The rollouts from a state are taken to be as long as what its own response has behind it.
+        """
+        under_way = sum(state["left"] for (_, state), _ in self.engine.running.values())
+        groups = over_ranks([(under_way, list(self.waiting))] if self.engine.leads else [])
+        self.waiting = deque(even_out(*zip(*groups), lambda state: state["left"])[self.engine.group])
 
     def wait(self):
-        """Until all rollouts have ended and are graded."""
+        """Until the rollouts have ended and are graded."""
+        self.submit()
         while self.engine.running:
-            for (_, i), completions in self.engine.step():
-                self.take(i, completions)
-        for rollout, reward in zip(self.rollouts, rewards(self.grader, self.rollouts)):
-            rollout["reward"] = reward
+            for (_, state), completions in self.engine.step():
+                self.take(state, completions)
+        for r, reward in zip(self.rollouts, rewards(self.grader, self.rollouts)):
+            r["reward"] = reward
+
+    def gather(self):
+        """Bring the rollouts from states that were dealt elsewhere back to where the states belong. All ranks call it."""
+        group = self.engine.group
+        moved = over_ranks([r for r in self.rollouts if r["group"] != group] if self.engine.leads else [])
+        self.rollouts = [r for r in self.rollouts + moved if r["group"] == group]
 
     def set_advantages(self, episodes):
-        """After wait. Returns the states' values and what they cost, and the rollouts for show.py."""
-        by_state = [[] for _ in self.states]
-        for rollout in self.rollouts:
-            by_state[rollout["state"]].append(rollout["reward"])
+        """At the end. Returns the states' values and what they cost, and the rollouts for show.py."""
+        by_state = [[] for _ in self.numbers]
+        for r in self.rollouts:
+            by_state[r["state"]].append(r["reward"])
         values = vine.monte_carlo_values(by_state)
         for e in episodes:
             e["values"] = [None if i is None else values[i] for i in e["states"]]
             e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
         return dict(values=values, tokens=sum(r["tokens"] for r in self.rollouts), rollouts=self.rollouts)
+
+
+def even_out(loads, queues, cost):
+    """Move items from queues of those who have too much to do to those who have too little, until all have equally much: the new queues.
+
+    loads: the cost of what each has begun already; queues: a list of items for each; cost(item): a number.
+    """
+    queues, moved = [list(queue) for queue in queues], []
+    loads = [load + sum(map(cost, queue)) for load, queue in zip(loads, queues)]
+    mean = sum(loads) / len(loads)
+    for i, queue in enumerate(queues):
+        while queue and loads[i] - cost(queue[-1]) >= mean:
+            loads[i] -= cost(queue[-1])
+            moved.append(queue.pop())
+    for i, queue in enumerate(queues):
+        while moved and loads[i] < mean:
+            loads[i] += cost(moved[-1])
+            queue.append(moved.pop())
+    return queues
 
 
 def to_grade(responses):
@@ -567,14 +613,17 @@ def train_run(s, run, start, lines, tokenizer, train, test, device, watch):
         grader.counts = dict.fromkeys(grader.counts, 0)
         engine.seed(s.seed, iteration)
         drawn = random.Random(s.seed * 1_000_003 + iteration).choices(train, k=s.prompts_per_iteration)  # with replacement, as the paper
-        with watch.droppable():
-            with phases("sample"):
-                episodes = sample_responses(engine, grader, drawn[engine.group :: engine.groups], s, values)
-            with phases("values"):
-                if values:
-                    values.wait()
+        with watch.droppable(), phases("sample"):
+            episodes = sample_responses(engine, grader, drawn[engine.group :: engine.groups], s, values)
         if stopped := watch.stopping():
             break  # these responses are sampled again when the run goes on
+        if values:
+            values.spread()
+            with watch.droppable(), phases("values"):
+                values.wait()
+            if stopped := watch.stopping():
+                break
+            values.gather()
         share = episodes_per_iteration // world
         episodes = episodes[rank % s.tensor_parallel_size * share :][:share]  # ranks that share an engine share its responses out
         if critic:
@@ -677,7 +726,7 @@ def iteration_metrics(iteration, episodes, rollouts, update, seconds, tokens):
         zero_advantages=mean(a == 0 for a in advantages),  # share of the action tokens
         prefix_cache_hit_rate=sum(found for _, found in caches) / max(1, sum(looked_up for looked_up, _ in caches)),  # of prompt tokens
         tokens_per_second=(tokens["sample"] + tokens["values"]) / (seconds["sample"] + seconds["values"]),
-        idle=1 - mean(busy) / max(busy),  # share of the rollouts' time that a rank waits for the slowest
+        idle=1 - mean(busy) / (seconds["sample"] + seconds["values"]),  # share of the rollouts' time that a rank waits for the slowest
     )
     if vineds[0]:
         values = [v for rank in vineds for v in rank["values"]]

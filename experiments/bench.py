@@ -1,6 +1,6 @@
 """What the implementation costs, as ratios measured side by side: one table, and experiments/results/bench-DEVICE.json.
 
-    python experiments/bench.py                         # all of it; 25 minutes on two cores, with a tiny random model
+    python experiments/bench.py                         # all of it; 40 minutes on two cores, with a tiny random model
     python experiments/bench.py --only head stream      # some of it
     python experiments/bench.py --model realtreetune/rho-1b-sft-MATH       # on a GPU, with a real model and MATH prompts
 
@@ -129,8 +129,8 @@ class Workload:
         self.engine.seed(0)
         self.grader = Grader(1)
 
-    def iterate(self, streaming=True, grader=None, batch=None, **changes):
-        """The rollouts of one iteration: (episodes, what Values.set_advantages says)."""
+    def begin(self, streaming=True, grader=None, batch=None, **changes):
+        """The responses of one iteration: (episodes, their Values, of which some are under way)."""
         s, batch, self.engine.steps = dataclasses.replace(self.s, **changes), batch or self.batch, 0
         if not self.engine.llm.reset_prefix_cache():
             raise RuntimeError("requests are running")
@@ -139,6 +139,11 @@ class Workload:
         for e in [] if streaming else episodes:
             values.begin(e)
         self.value_cache = self.engine.prefix_cache_counts()
+        return episodes, values
+
+    def iterate(self, *arguments, **changes):
+        """One iteration's rollouts on one rank: (episodes, what Values.set_advantages says)."""
+        episodes, values = self.begin(*arguments, **changes)
         values.wait()
         return episodes, values.set_advantages(episodes)
 
@@ -247,19 +252,24 @@ def bench_grading(a, folder):
 
 
 def bench_growth(a, folder):
-    """Time and tokens of an iteration's rollouts against K, steps per response and responses; each once."""
-    w, rows = Workload(a.model, folder), []
+    """Time and tokens of an iteration's rollouts against K, steps per response and responses; means of repeats that take turns."""
+    w, found = Workload(a.model, folder), {}
     cases = [(f"K = {k}", dict(K=k)) for k in (1, 3, 9, 18)]
     if not a.model:
         cases += [(f"steps of {n} tokens", dict(step_credit=f"tokens:{n}")) for n in (128, 64, 32, 16)]
     cases += [(f"{n} responses per prompt", dict(responses_per_prompt=n)) for n in (2, 4, 8, 16)]
     w.iterate()
-    for name, changes in cases:
-        start = time.perf_counter()
-        episodes, vined = w.iterate(**changes)
-        took, states = time.perf_counter() - start, len(vined["values"])
-        rows.append(row(name, took, "s", note=f"{tokens_of(episodes, vined)} tokens, {states} states, {w.engine.steps} engine steps"))
-    return rows
+    for _ in range(a.repeats):
+        for name, changes in cases:
+            start = time.perf_counter()
+            episodes, vined = w.iterate(**changes)
+            took = time.perf_counter() - start
+            found.setdefault(name, []).append((took, tokens_of(episodes, vined), len(vined["values"]), w.engine.steps))
+    means = {name: [statistics.mean(column) for column in zip(*measured)] for name, measured in found.items()}
+    return [
+        row(name, took, "s", note=f"{tokens:.0f} tokens, {states:.0f} states, {steps:.0f} engine steps")
+        for name, (took, tokens, states, steps) in means.items()
+    ]
 
 
 def bench_ranks(a, folder):
@@ -268,9 +278,18 @@ def bench_ranks(a, folder):
         return []
     model = a.model or "tiny"
     speeds, idle = {1: [], 2: []}, []
-    for _ in range(a.repeats):
+    for repeat in range(a.repeats):
         for ranks in speeds:
-            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, "--rank_of", model]
+            command = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={ranks}",
+                __file__,
+                "--rank_of",
+                model,
+                str(repeat),
+            ]
             done = subprocess.run([sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr)
@@ -278,14 +297,15 @@ def bench_ranks(a, folder):
             speeds[ranks].append(found["speed"])
             idle += [found["idle"]] if ranks == 2 else []
     one, two = (statistics.median(speeds[n]) for n in (1, 2))
+    each = ", ".join(" and ".join(f"{share:.2f}" for share in run) for run in idle)
     return [
         row("tokens per second of two ranks, of one", two / one, aim=">= 1.7", note=f"{two:.0f} per second"),
-        row("share of the time that a rank waits for the other", statistics.median(idle)),
+        row("share of the time that a rank waits for the other", statistics.mean(map(statistics.mean, idle)), note=f"each: {each}"),
     ]
 
 
-def one_rank(model):
-    """A rank of bench_ranks: three iterations of 32 responses per rank; the last two count."""
+def one_rank(model, seed):
+    """A rank of bench_ranks: three iterations of 64 responses per rank, as many as the paper's on 8 GPUs; the last two count."""
     import torch.distributed as dist
 
     from watch import Watch
@@ -296,19 +316,27 @@ def one_rank(model):
             if dist.get_rank() == 0:
                 tiny_model(folder)
             folders = train.over_ranks([folder])  # rank 0's has the model
-            w = Workload(None if model == "tiny" else model, folders[0])
+            w = Workload(None if model == "tiny" else model, folders[0], prompts=8)
+            w.engine.seed(seed)
             dist.barrier()
-        times, tokens = 0.0, 0
+        wall, busy, tokens = 0.0, 0.0, 0
         for i in range(3):
             dist.barrier()
             start = time.perf_counter()
-            found = tokens_of(*w.iterate())
+            episodes, values = w.begin()
+            sampled = time.perf_counter()
+            values.spread()
+            spread = time.perf_counter()
+            values.wait()
+            ended = time.perf_counter()
+            values.gather()
+            dist.barrier()
             if i:
-                times, tokens = times + time.perf_counter() - start, tokens + found
-        ranks = train.over_ranks([(times, tokens)])
-        slowest = max(t for t, _ in ranks)
+                wall, busy = wall + time.perf_counter() - start, busy + (sampled - start) + (ended - spread)
+                tokens += tokens_of(episodes, values.set_advantages(episodes))
+        ranks = train.over_ranks([(1 - busy / wall, tokens)])
         if dist.get_rank() == 0:
-            print(json.dumps(dict(speed=sum(n for _, n in ranks) / slowest, idle=1 - statistics.mean(t for t, _ in ranks) / slowest)))
+            print(json.dumps(dict(speed=sum(n for _, n in ranks) / wall, idle=[idle for idle, _ in ranks])))
         train.shut_down(w.engine, w.grader, watch)
 
 
@@ -467,12 +495,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each of two things that take turns")
     parser.add_argument("--out", type=Path, help="default: experiments/results/bench-DEVICE.json; parts that are not run stay in it")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # this process is the one of that part
-    parser.add_argument("--rank_of", help=argparse.SUPPRESS)  # this process is a rank of bench_ranks
+    parser.add_argument("--rank_of", nargs=2, help=argparse.SUPPRESS)  # this process is a rank of bench_ranks: model, seed
     a = parser.parse_args()
     if a.repeats < 2:
         sys.exit("bench.py: --repeats must be at least 2: a ratio of single measurements says little")
     if a.rank_of:
-        return one_rank(a.rank_of)
+        return one_rank(a.rank_of[0], int(a.rank_of[1]))
     if a.part:
         with tempfile.TemporaryDirectory() as folder:
             rows = PARTS[a.part](a, folder)

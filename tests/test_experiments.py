@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import ppo
 import train
-from experiments import compare, show, values
+from experiments import balance, compare, naive, show, values
 
 
 def result(accuracies, tokens=100, seconds=2.0):
@@ -225,3 +225,34 @@ def test_a_run_of_the_comparison_can_be_made_again_by_its_name():
 def test_values_refuses_what_is_no_checkpoint(tmp_path):
     done = python("experiments/values.py", tmp_path)
     assert done.returncode == 1 and done.stderr.strip() == f"values.py: {tmp_path} is no RUN/checkpoints/N of train.py"
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plain_trainer_of_the_benchmark_makes_the_same_update(tiny_model, device):
+    """It is compared with in time and memory, so it must do the same work: one optimizer step with both."""
+    rng = random.Random(0)
+    ids = lambda n: [rng.randrange(2, 20) for _ in range(n)]
+    episodes = [dict(prompt_ids=ids(5), response_ids=ids(n), advantages=[rng.gauss(0, 1)] * n) for n in (3, 9, 1, 6)]
+    options = dict(learning_rate=1e-3, minibatch=4, epochs=1)
+    ours, plain = ppo.Trainer(tiny_model, device, total_steps=1, **options), naive.Trainer(tiny_model, device, micro_batch=2, **options)
+    before = {name: p.clone() for name, p in plain.model.named_parameters()}
+    ours.update(episodes)
+    plain.update(episodes)
+    assert any(not torch.equal(before[name], p) for name, p in plain.model.named_parameters())
+    for (name, a), b in zip(ours.model.named_parameters(), plain.model.parameters()):
+        torch.testing.assert_close(a.full_tensor(), b, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_benchmark_finds_the_value_prompts_in_the_prefix_cache(tmp_path):
+    done = python("experiments/bench.py", "--only", "cache", "--out", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "bench.json").read_text())["cache"]["rows"][0]
+    assert "prefix cache" in first["what"] and 0.9 <= first["value"] < 1
+
+
+def test_the_simulated_ranks_wait_less_where_the_states_are_dealt():
+    solutions = [[0, 40, 80]] * 9 + [list(range(0, 901, 30))]  # one problem of ten is long
+    (alone, waits), (dealt, waits_less) = (balance.iteration("DeepSeekMath-7B", solutions, spread, 8, 0) for spread in (False, True))
+    assert dealt < 0.9 * alone and waits_less < waits

@@ -11,8 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import left_running, python, torchrun
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import sft
 import train
 from experiments import show
 from grader import Grader
@@ -32,10 +35,10 @@ def metrics_of(run):
 class ScriptedEngine:
     """Token ids are character codes, 0 is EOS. Continues each prompt with the text that script(prompt text, k) gives for sample k."""
 
-    stop = []
+    stop, leads = [], True
 
-    def __init__(self, script):
-        self.script, self.requests, self.running = script, [], {}
+    def __init__(self, script, group=0, room=10**6):
+        self.script, self.group, self.room, self.requests, self.running = script, group, room, [], {}
 
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i)
@@ -46,13 +49,17 @@ class ScriptedEngine:
         return False
 
     def submit(self, key, prompt, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        self.requests.append((key, prompt, n, max_tokens))
         first = key[1] if key[0] == "response" else 0
-        self.running[key] = [self.complete(self.decode(prompt), max_tokens, first + k) for k in range(n)]
+        completions = [self.complete(self.decode(prompt), max_tokens, first + k) for k in range(n)]
+        self.running[len(self.requests)] = key, completions
+        self.requests.append((key, prompt, n, max_tokens))
+
+    def has_room(self):
+        return len(self.running) < self.room
 
     def step(self):
-        key = next(reversed(self.running))  # the latest request ends first
-        return [(key, self.running.pop(key))]
+        _, ended = self.running.popitem()  # the latest request ends first
+        return [ended]
 
     def complete(self, text, limit, k):
         ids = [*map(ord, self.script(text, k)), 0]
@@ -107,6 +114,68 @@ def assert_stored(solutions):
     assert [step["right"] for step in wrong["steps"]] == [2, 2, 0]
 
 
+def value_unequal_problems(rank):
+    """Rank 0's response has eight lines, rank 1's has one; the engines have room for one request. Behind t lines every (1 + t)th rollout is right."""
+
+    def script(text, k):
+        lines = text.count("line")
+        return "line\n" * ((8 if text[0] == "0" else 1) - lines) + f"#### {int(k % (1 + lines) == 0)}"
+
+    s = train.Settings(responses_per_prompt=1, K=72, step_credit="newline", max_tokens=100, temperature=1.0, top_p=1.0)
+    engine, grader = ScriptedEngine(script, rank, room=1), Grader()
+    values = train.Values(engine, grader, s)
+    episodes = train.sample_responses(engine, grader, [(SimpleNamespace(answer="1", prompt=""), [ord(str(rank))])], s, values)
+    values.spread()
+    values.wait()
+    values.gather()
+    vined = values.set_advantages(episodes)
+    grader.close()
+    assert len(vined["values"]) == len(episodes[0]["states"]) and len(vined["rollouts"]) == 72 * len(vined["values"])
+    assert vined["tokens"] == sum(r["tokens"] for r in vined["rollouts"])
+    return episodes[0]["values"], [chr(prompt[0]) for _, prompt, *_ in engine.requests[1:]]
+
+
+UNEQUAL = """
+import json, sys
+sys.path.insert(0, "tests")
+import test_train, train
+train.ppo.init_distributed()
+rank = train.dist.get_rank()
+found = train.over_ranks([test_train.value_unequal_problems(rank)])
+if rank == 0:
+    print(json.dumps(found))
+train.dist.destroy_process_group()
+"""
+
+
+def test_states_that_wait_are_dealt_to_the_rank_with_less_to_do(tmp_path):
+    (tmp_path / "unequal.py").write_text(UNEQUAL)
+    done = torchrun(2, tmp_path / "unequal.py")
+    assert done.returncode == 0, done.stderr
+    (values, prompts), (of_other, prompts_of_other) = json.loads(done.stdout.splitlines()[-1])
+    assert len(values) >= 8
+    for found in (values, of_other):
+        assert found == [math.ceil(72 / (1 + t)) / 72 for t in range(len(found))]
+    own, dealt = prompts.count("0"), prompts_of_other.count("0")
+    assert set(prompts) == {"0"} and own + dealt == len(values) and min(own, dealt) >= 3, (prompts, prompts_of_other)
+
+
+costs = st.lists(st.integers(1, 50), max_size=20)
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), costs), min_size=1, max_size=8))
+def test_queues_are_evened_out_as_far_as_their_items_allow(engines):
+    begun, queues = zip(*engines)
+    items = [[(i, k, cost) for k, cost in enumerate(queue)] for i, queue in enumerate(queues)]
+    dealt = train.even_out(begun, items, lambda item: item[2])
+    assert sorted(x for queue in dealt for x in queue) == sorted(x for queue in items for x in queue)
+    loads = lambda queues: [load + sum(cost for *_, cost in queue) for load, queue in zip(begun, queues)]
+    mean = sum(loads(items)) / len(items)
+    for i, (before, after, load) in enumerate(zip(loads(items), loads(dealt), begun)):
+        assert after < max(mean + 50, load + 1e-9) if before < mean else mean <= after <= before
+        assert dealt[i][: len(items[i])] == items[i] if before <= mean else dealt[i] == items[i][: len(dealt[i])]
+
+
 def test_engine_and_trainer_that_disagree_are_told_of_once_or_stop_the_run():
     said, s = [], train.Settings()
     fine, wide, nan = ({"logprob_gap": gap, "skipped_steps": 0} for gap in (1e-6, 0.004, float("nan")))
@@ -147,13 +216,13 @@ def test_two_ranks_learn_arithmetic(tmp_path):
     done = torchrun(2, "sft.py", "--dataset", "arithmetic", "--out", tmp_path / "sft")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
-    arguments = ["--iterations", "24", "--eval_every", "24", "--save_every", "0"]
+    arguments = ["--iterations", "14", "--eval_every", "14", "--save_every", "0", "--store_every", "10"]
     done = torchrun(2, "train.py", "--dataset", "arithmetic", "--model", tmp_path / "sft", "--run_dir", run, *arguments)
     assert done.returncode == 0, done.stderr
     first, *lines = metrics_of(run)
     # 500 problems x 2 responses: the standard error of one accuracy is below 0.016, of the difference below 0.023
     assert lines[-1]["accuracy"] > first["accuracy"] + 0.05, (first, lines[-1]["accuracy"])
-    assert [line["iteration"] for line in lines] == list(range(1, 25))
+    assert [line["iteration"] for line in lines] == list(range(1, 15))
     for line in lines:
         assert line["logprob_gap"] < 1e-4  # the engine has the trainer's weights in every iteration
         assert line["skipped_steps"] == 0 and line["rollouts"] == 4 * line["states"]
@@ -162,9 +231,9 @@ def test_two_ranks_learn_arithmetic(tmp_path):
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] > 0
     assert "accuracy before training" in done.stdout and f"wrote {run / 'model'}" in done.stdout
     AutoModelForCausalLM.from_pretrained(run / "model")
-    assert sorted(path.name for path in (run / "episodes").iterdir()) == ["000001.jsonl.gz", "000020.jsonl.gz"]
+    assert sorted(path.name for path in (run / "episodes").iterdir()) == ["000001.jsonl.gz", "000010.jsonl.gz"]
     page = python("experiments/show.py", run)
-    assert page.returncode == 0 and "64 solutions of iteration 20" in page.stdout, page.stderr
+    assert page.returncode == 0 and "64 solutions of iteration 10" in page.stdout, page.stderr
     plot = python("experiments/plot.py", run)
     assert plot.returncode == 0 and (run / "curves.png").stat().st_size > 10_000, plot.stderr
 
@@ -217,6 +286,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
     """SIGTERM in the middle of iteration 3 on two ranks; the same command again. Exactly equal, sampled at temperature 1."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     arguments = [*SMALL, "--model", tiny_model, "--iterations", 4, "--eval_every", 2, "--save_every", 0, "--learning_rate", 3e-3]
+    arguments += ["--max_sequences", 4]  # so that states wait, and are dealt to the other rank
     run = lambda folder, how, ranks=2: torchrun(ranks, tmp_path / "faulty.py", *arguments, "--run_dir", tmp_path / folder, how)
     straight = run("straight", "none")
     assert straight.returncode == 0, straight.stderr
@@ -397,16 +467,20 @@ def test_bad_input_from_the_shell(tmp_path):
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_sft_refuses_what_it_cannot_learn_from(tmp_path):
+def test_sft_refuses_what_it_cannot_learn_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("RANK", "0")
     (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}\n' * 2)
     for arguments, message in [
-        (["--dataset", tmp_path / "a.jsonl", "--model", "m"], "no solutions to learn from"),
-        (["--dataset", "arithmetic", "--model", tmp_path / "none"], "none"),
-        (["--dataset", "arithmetic", "--batch", "0"], "--batch 0"),
-        (["--dataset", "mth"], "--dataset mth is not known"),
+        (f"--dataset {tmp_path / 'a.jsonl'} --model m", "no solutions to learn from"),
+        (f"--dataset arithmetic --model {tmp_path / 'none'}", "none"),
+        ("--dataset arithmetic --batch 0", "--batch 0"),
+        ("--dataset mth", "--dataset mth is not known"),
     ]:
-        done = python("sft.py", *arguments)
-        assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        monkeypatch.setattr(sys, "argv", ["sft.py", *arguments.split()])
+        with pytest.raises(SystemExit) as exit:
+            sft.main()
+        assert message in str(exit.value) and "\n" not in str(exit.value)
 
 
 def test_help_names_the_defaults_of_every_dataset():
