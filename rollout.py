@@ -34,7 +34,7 @@ class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
     model: Hugging Face folder or hub name; max_sequence: tokens of the longest prompt and response together; stop: strings that end a response.
-    gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many run at a time; None: vLLM's default. tensor_parallel: so many consecutive ranks
+    gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many may run at a time; None: vLLM's default. tensor_parallel: so many consecutive ranks
     share one model; they must be given the same requests in the same order, and get the same completions. Of `groups` such groups this
     rank is in number `group`, and in each one rank `leads`. on_step is called before each step of the engine; it may raise to give its work up.
     """
@@ -89,7 +89,7 @@ class Engine:
         self.llm.llm_engine.add_request(number, {"prompt_token_ids": prompt}, params)
 
     def has_room(self):
-        """Whether more sequences could run at a time; beyond that they would wait inside of the engine."""
+        """Whether fewer than max_sequences are in the engine, running or waiting there for a place in the KV cache."""
         return self.llm.llm_engine.get_num_unfinished_requests() < self.max_sequences
 
     def step(self):

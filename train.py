@@ -288,15 +288,17 @@ def sample_responses(engine, grader, batch, s, values=None):
         engine.submit(("response", i), e["prompt_ids"], 1, s.max_tokens, s.temperature, s.top_p, logprobs=True)
     missing = len(episodes)
     while missing:
-        for (kind, x), completions in engine.step():
+        for (kind, what), completions in engine.step():
             if kind == "rollouts":
-                values.take(x, completions)
+                values.take(what, completions)
                 continue
-            e, (c,) = episodes[x], completions
+            e, (c,) = episodes[what], completions
             e |= dict(response_ids=c.token_ids, text=engine.text(c.token_ids), finished=c.finished, engine_logprobs=c.logprobs)
             missing -= 1
             if values:
                 values.begin(e)
+        if values:
+            values.submit()
     for episode, reward in zip(episodes, rewards(grader, episodes)):
         episode["reward"] = reward
     return episodes
@@ -308,7 +310,7 @@ def rewards(grader, responses):
 
 
 class Values:
-    """VinePPO's Monte Carlo values of an iteration, each from K rollouts, which begin when the response ends that the state belongs to.
+    """VinePPO's Monte Carlo values of an iteration, each from K rollouts, which may begin as soon as the response ends that the state belongs to.
 
     A state is sent to the engine as the very token ids that were sampled up to it; the rollouts serve its value alone. States for which the
     engine has no room wait here, so that spread() can deal them to ranks whose problems are shorter.
@@ -316,21 +318,22 @@ class Values:
 
     def __init__(self, engine, grader, s):
         self.engine, self.grader, self.s = engine, grader, s
-        self.numbers, self.waiting, self.rollouts = {}, deque(), []
+        self.numbers = {}  # (prompt ids, prefix ids) -> number of a state of this rank's responses
+        self.waiting = deque()  # states, also other ranks': dicts as begin makes them
+        self.rollouts = []  # dicts as take makes them
 
     def begin(self, e):
-        """Queue the states of a response, an episode of sample_responses, but for those that are there already."""
+        """Queue the states of a response, an episode of sample_responses, but for those that are known already."""
         s, engine, known = self.s, self.engine, len(self.numbers)
         e["boundaries"] = credit.token_boundaries(s.step_credit, e["text"], e["response_ids"], engine.decode)
         e["states"] = vine.number_states(self.numbers, e["prompt_ids"], e["response_ids"], e["boundaries"], s.max_valued_steps)
         for i, cut in zip(e["states"], e["boundaries"]):
             if i is not None and i >= known:
                 state = dict(number=i, group=engine.group, prompt_ids=e["prompt_ids"], prefix=e["response_ids"][:cut], answer=e["answer"])
-                self.waiting.append(state | {"left": len(e["response_ids"]) - cut})
-        self.submit()
+                self.waiting.append(state | {"left": len(e["response_ids"]) - cut})  # tokens of the response behind the state
 
     def submit(self):
-        """Send the engine as many of the states that wait as it has room for."""
+        """Send the engine as many of the states that wait as it has room for. After each of its steps."""
         s = self.s
         while self.waiting and self.engine.has_room():
             state = self.waiting.popleft()
@@ -349,7 +352,6 @@ class Values:
         ]  # fmt: skip
         self.rollouts += new
         self.grader.start(*to_grade(new))
-        self.submit()
 
     def spread(self):
         """Once all ranks have their responses: deal the states that wait so that all engines have equally much to do. All ranks call it.
@@ -366,31 +368,29 @@ class Values:
         while self.engine.running:
             for (_, state), completions in self.engine.step():
                 self.take(state, completions)
+            self.submit()
         for r, reward in zip(self.rollouts, rewards(self.grader, self.rollouts)):
             r["reward"] = reward
 
-    def gather(self):
-        """Bring the rollouts from states that were dealt elsewhere back to where the states belong. All ranks call it."""
-        group = self.engine.group
-        moved = over_ranks([r for r in self.rollouts if r["group"] != group] if self.engine.leads else [])
-        self.rollouts = [r for r in self.rollouts + moved if r["group"] == group]
-
     def set_advantages(self, episodes):
-        """At the end. Returns the states' values and what they cost, and the rollouts for show.py."""
-        by_state = [[] for _ in self.numbers]
-        for r in self.rollouts:
+        """After wait, on all ranks. Returns the values of this rank's states and what they cost, and the rollouts for show.py."""
+        group, by_state = self.engine.group, [[] for _ in self.numbers]
+        dealt = over_ranks([r for r in self.rollouts if r["group"] != group] if self.engine.leads else [])
+        rollouts = [r for r in self.rollouts + dealt if r["group"] == group]
+        for r in rollouts:
             by_state[r["state"]].append(r["reward"])
         values = vine.monte_carlo_values(by_state)
         for e in episodes:
             e["values"] = [None if i is None else values[i] for i in e["states"]]
             e["advantages"] = vine.token_advantages(e["boundaries"], vine.step_advantages(e["values"], e["reward"]))
-        return dict(values=values, tokens=sum(r["tokens"] for r in self.rollouts), rollouts=self.rollouts)
+        return dict(values=values, tokens=sum(r["tokens"] for r in rollouts), rollouts=rollouts)
 
 
 def even_out(loads, queues, cost):
     """Move items from queues of those who have too much to do to those who have too little, until all have equally much: the new queues.
 
-    loads: the cost of what each has begun already; queues: a list of items for each; cost(item): a number.
+    loads: the cost of what each has begun already; queues: a list of items for each; cost(item): an int of at least 1. Neighbours in a queue,
+    which share a prefix, mostly stay together.
     """
     queues, moved = [list(queue) for queue in queues], []
     loads = [load + sum(map(cost, queue)) for load, queue in zip(loads, queues)]
@@ -618,12 +618,12 @@ def train_run(s, run, start, lines, tokenizer, train, test, device, watch):
         if stopped := watch.stopping():
             break  # these responses are sampled again when the run goes on
         if values:
-            values.spread()
+            with phases("values"):
+                values.spread()
             with watch.droppable(), phases("values"):
                 values.wait()
             if stopped := watch.stopping():
                 break
-            values.gather()
         share = episodes_per_iteration // world
         episodes = episodes[rank % s.tensor_parallel_size * share :][:share]  # ranks that share an engine share its responses out
         if critic:

@@ -5,7 +5,8 @@
 
 Each rank draws its share of 64 problems and gets 8 responses to each, as long as the solution in the dataset times a log-normal factor (mean 1, sigma 0.35);
 9 rollouts from each state, as long as what the response has behind it times another such factor; the first state of a problem once. An engine adds a
-token to each of its sequences in a step, which takes as long as the README's estimate says. The seconds are as good as these assumptions.
+token to each of its sequences in a step, which takes as long as the README's estimate says. The seconds are as good as these assumptions; left out
+are prefill, also that of a state whose prefix another rank has in its cache, and that a rollout may only use what its prefix leaves of the limit.
 """
 
 import argparse
@@ -22,14 +23,9 @@ import data
 import train
 import vine
 
-K, RESPONSES, LIMIT, MEAN, PROMPT, ROOM = (
-    9,
-    8,
-    1024,
-    227,
-    85,
-    1024,
-)  # MEAN: tokens of a MATH solution; ROOM: sequences that vLLM takes at a time
+PROBLEMS, RESPONSES, K, LIMIT = 64, 8, 9, 1024  # the paper's; LIMIT: tokens of a response
+MEAN, PROMPT = 227, 85  # tokens of a MATH solution and prompt
+ROOM = 1024  # sequences in an engine, vLLM's default for an H100
 MODELS = {  # bytes of the weights, of the KV cache per token; sequences that fit the cache
     "Rho-1B": (2.2e9, 22.5e3, 1024),
     "DeepSeekMath-7B": (13.8e9, 491e3, 285),
@@ -46,14 +42,14 @@ def varied(length, rng):
 
 
 class Rank:
-    """One engine; a state is the tokens that its response has behind it, and the rollouts of it that are not done."""
+    """One engine, and the states that wait for it: {"left": tokens that the response has behind the state}."""
 
     def __init__(self, model, rng):
         self.model, self.rng, self.seconds = model, rng, 0.0
-        self.queue, self.running, self.waiting = deque(), [], deque()  # sequences: [tokens to go, what it is]
+        self.queue, self.running, self.waiting = deque(), [], deque()  # queue, running: sequences [tokens to go, what it is]
 
-    def submit(self, room=ROOM):
-        while self.waiting and len(self.queue) + len(self.running) < room:
+    def submit(self):
+        while self.waiting and len(self.queue) + len(self.running) < ROOM:
             state = self.waiting.popleft()
             self.queue.extend([varied(state["left"], self.rng), state] for _ in range(K))
 
@@ -64,12 +60,12 @@ class Rank:
         self.seconds += step_seconds(self.model, len(self.running))
         for sequence in self.running:
             sequence[0] -= 1
-        ended = [what for left, what in self.running if left == 0]
+        ended = [what for to_go, what in self.running if to_go == 0]
         self.running = [sequence for sequence in self.running if sequence[0]]
         return ended
 
     def sample(self, responses):
-        """Until all responses have ended: (length, what they have behind each of their states). As train.sample_responses."""
+        """train.sample_responses: until all have ended. responses: (length, [left of each state])."""
         self.queue.extend([length, left] for length, left in responses)
         missing = len(responses)
         while missing:
@@ -86,7 +82,7 @@ class Rank:
 
 
 def responses_of(solutions, problems, rng):
-    """Of one rank: (length, what it has behind each of its states)."""
+    """Of one rank: (length, [left of each state])."""
     for cuts in rng.choices(solutions, k=problems):
         for i in range(RESPONSES):
             length = varied(cuts[-1], rng)
@@ -99,7 +95,7 @@ def iteration(model, solutions, spread, ranks, seed):
     rng = random.Random(seed)
     engines = [Rank(model, rng) for _ in range(ranks)]
     for engine in engines:
-        engine.sample(list(responses_of(solutions, 64 // ranks, rng)))
+        engine.sample(list(responses_of(solutions, PROBLEMS // ranks, rng)))
     waited = 0.0
     if spread:
         met = max(e.seconds for e in engines)
@@ -120,7 +116,12 @@ def main():
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=10)
     a = parser.parse_args()
-    texts = [p.solution for p in data.load(a.dataset, None, False)[0] if p.solution]
+    try:
+        texts = [p.solution for p in data.load(a.dataset, None, False)[0] if p.solution]
+    except (ValueError, OSError) as error:
+        sys.exit(f"balance.py: {error}")
+    if not texts or a.iterations < 2 or a.ranks < 1 or PROBLEMS % a.ranks:
+        sys.exit(f"balance.py: the dataset needs solutions, --iterations must be at least 2, --ranks a divisor of {PROBLEMS}")
     scale = MEAN / statistics.mean(map(len, texts))
     solutions = [[cut * scale for cut in vine.split_steps(text)] for text in texts]
     for model in MODELS:

@@ -4,7 +4,7 @@
     python experiments/bench.py --only head stream      # some of it
     python experiments/bench.py --model realtreetune/rho-1b-sft-MATH       # on a GPU, with a real model and MATH prompts
 
-Every part runs in a process of its own, so that its memory is its own. Two things that are compared take turns, and the medians of their times count;
+Every part runs in a process of its own, so that its memory is its own. Two things that are compared take turns, and the medians of their times count (growth: means);
 absolute numbers belong to the machine. Memory is the device's peak (on CPU the process's resident peak) above what stood before.
 """
 
@@ -280,16 +280,8 @@ def bench_ranks(a, folder):
     speeds, idle = {1: [], 2: []}, []
     for repeat in range(a.repeats):
         for ranks in speeds:
-            command = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-                __file__,
-                "--rank_of",
-                model,
-                str(repeat),
-            ]
+            torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}".split()
+            command = [*torchrun, __file__, "--rank_of", model, str(repeat)]
             done = subprocess.run([sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr)
@@ -329,11 +321,10 @@ def one_rank(model, seed):
             spread = time.perf_counter()
             values.wait()
             ended = time.perf_counter()
-            values.gather()
-            dist.barrier()
+            vined = values.set_advantages(episodes)
             if i:
                 wall, busy = wall + time.perf_counter() - start, busy + (sampled - start) + (ended - spread)
-                tokens += tokens_of(episodes, values.set_advantages(episodes))
+                tokens += tokens_of(episodes, vined)
         ranks = train.over_ranks([(1 - busy / wall, tokens)])
         if dist.get_rank() == 0:
             print(json.dumps(dict(speed=sum(n for _, n in ranks) / wall, idle=[idle for idle, _ in ranks])))

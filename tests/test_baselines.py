@@ -317,28 +317,29 @@ def metrics_of(run):
 SMALL = ["--max_tokens", 16, "--eval_problems", 8, "--eval_samples", 1]
 
 
-def test_grpo_on_two_ranks_that_share_an_engine(tmp_path, tiny_model):
+def test_two_ranks_that_share_an_engine(tmp_path, tiny_model):
     arguments = [
-        *SMALL,
         "--prompts_per_iteration",
         4,
         "--responses_per_prompt",
         2,
         "--minibatch",
         4,
-        "--model",
-        tiny_model,
+        "--K",
+        2,
+        "--max_sequences",
+        4,
         "--iterations",
         2,
-        "--tensor_parallel_size",
-        2,
     ]
-    done = torchrun(2, "train.py", "--algorithm", "grpo", *arguments, "--run_dir", tmp_path / "run")
+    arguments += [*SMALL, "--model", tiny_model, "--tensor_parallel_size", 2]
+    done = torchrun(2, "train.py", *arguments, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     first, *lines = metrics_of(tmp_path / "run")
     assert [line["gradient_steps"] for line in lines] == [4, 8] and all(line["logprob_gap"] < 1e-4 for line in lines)
     # nothing is right, so every advantage is 0 and only the KL penalty is left, which is 0 at the start
-    assert all(line["reward"] == 0 and line["zero_advantages"] == 1 and line["tokens_values"] == 0 for line in lines)
+    assert all(line["reward"] == 0 and line["zero_advantages"] == 1 for line in lines)
+    assert all(line["rollouts"] == 2 * line["states"] > 0 and line["tokens_values"] > 0 for line in lines)  # each counted once
     assert lines[0]["policy_loss"] == 0
 
 

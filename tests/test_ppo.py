@@ -114,6 +114,7 @@ def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_mod
 def test_the_chunked_head_has_the_gradients_of_all_logits_at_once(monkeypatch):
     """Also those of a bias, and with a weight of its own for each token; bf16 up to its rounding."""
     monkeypatch.setattr(ppo, "LOGITS", 3 * 20)
+    torch.manual_seed(0)
     targets, upstream = torch.randint(20, (10,)), torch.randn(10)
     whole = [torch.randn(10, 8), torch.randn(20, 8), torch.randn(20)]
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.03)):
