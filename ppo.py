@@ -242,25 +242,31 @@ def in_chunks(vocabulary, *tensors):
 class ChunkedLogprobs(torch.autograd.Function):
     """logprobs_from_logits behind a linear head, [N], without its [N, V] logits: those of one chunk exist at a time, and backward makes them anew.
 
-    hidden [N, D], weight [V, D], bias [V] or None, targets [N]. Backward adds each chunk's part to the gradients in place:
+    hidden [N, D], weight [V, D], bias [V] or None, targets [N]. With x = logits / temperature:
 
-        d log pi(y) / d logits = (1[y] - softmax(logits / temperature)) / temperature
+        log pi(y) = x_y - logsumexp(x),    d log pi(y) / d logits = (1[y] - softmax(x)) / temperature
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        parts = []
+        for h, y in in_chunks(len(weight), hidden, targets):
+            x = F.linear(h, weight, bias).float().div_(temperature)  # [n, V]
+            normalizer = x.logsumexp(-1)
+            parts.append(torch.stack([x.gather(1, y[:, None])[:, 0] - normalizer, normalizer]))
+        logprobs, normalizers = torch.cat(parts, 1)  # [N] each
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
         ctx.temperature = temperature
-        chunks = in_chunks(len(weight), hidden, targets)
-        return torch.cat([logprobs_from_logits(F.linear(h, weight, bias), y, temperature) for h, y in chunks])
+        return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         d_hidden, d_weight, d_bias = torch.empty_like(hidden), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-        for h, y, g, d_h in in_chunks(len(weight), hidden, targets, grad / ctx.temperature, d_hidden):
-            d_logits = (F.linear(h, weight, bias).float() / ctx.temperature).softmax(-1).mul_(-g[:, None])  # [n, V]
+        for h, y, z, g, d_h in in_chunks(len(weight), hidden, targets, normalizers, grad / ctx.temperature, d_hidden):
+            x = F.linear(h, weight, bias).float().div_(ctx.temperature)
+            d_logits = x.sub_(z[:, None]).exp_().mul_(-g[:, None])  # -softmax(x) g
             d_logits = d_logits.scatter_add_(1, y[:, None], g[:, None]).to(weight.dtype)
             torch.mm(d_logits, weight, out=d_h)
             d_weight.addmm_(d_logits.T, h)
