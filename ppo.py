@@ -29,7 +29,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 def logprobs_from_logits(logits, targets, temperature=1.0):
     """log pi(target) under softmax(logits / temperature). logits [N, V], targets [N] -> [N], float32."""
-    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+    x = logits.float() / temperature
+    return x.gather(-1, targets[:, None])[:, 0] - x.logsumexp(-1)
 
 
 def token_entropy(logits, temperature=1.0):
