@@ -145,7 +145,7 @@ def load_sharded(
         setattr(config, name, value)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None):
-            raise ValueError(f"{path}: its logits are the head's output changed by {name}, which through_head does not do")
+            raise ValueError(f"{path}: its logits are the head's output changed by {name}, which is not built here")
     dtype = "auto" if trainable else compute
     model = architecture.from_pretrained(
         path, config=config, dtype=dtype, attn_implementation="packed", trust_remote_code=trust_remote_code, use_safetensors=True
@@ -243,7 +243,7 @@ def in_chunks(vocabulary, *tensors):
 class ChunkedLogprobs(torch.autograd.Function):
     """logprobs_from_logits behind a linear head, [N], without its [N, V] logits: those of one chunk exist at a time, and backward makes them anew.
 
-    hidden [N, D], weight [V, D], bias [V] or None, targets [N]. With x = logits / temperature:
+    hidden [N, D], weight [V, D], bias [V] or None, targets [N] of ids. With x = logits / temperature:
 
         log pi(y) = x_y - logsumexp(x),    d log pi(y) / d logits = (1[y] - softmax(x)) / temperature
     """

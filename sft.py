@@ -49,7 +49,7 @@ class Settings:
     seed: int = setting(0, "of the weights and of the order of the sequences")
 
 
-ARITHMETIC = dict(epochs=2.0, batch=32, micro_batch=32, learning_rate=4e-3)  # about two minutes on two cores
+ARITHMETIC = dict(epochs=2.0, batch=32, micro_batch=32, learning_rate=4e-3)  # a minute and a half on two cores
 
 
 def tiny_model(folder, seed):

@@ -288,7 +288,7 @@ def sample_responses(engine, grader, batch, s, values=None):
         engine.submit(("response", i), e["prompt_ids"], 1, s.max_tokens, s.temperature, s.top_p, logprobs=True)
     missing = len(episodes)
     while missing:
-        for (kind, what), completions in engine.step():
+        for (kind, what), completions in engine.step():  # what: the episode's number, or the state
             if kind == "rollouts":
                 values.take(what, completions)
                 continue
@@ -329,8 +329,11 @@ class Values:
         e["states"] = vine.number_states(self.numbers, e["prompt_ids"], e["response_ids"], e["boundaries"], s.max_valued_steps)
         for i, cut in zip(e["states"], e["boundaries"]):
             if i is not None and i >= known:
-                state = dict(number=i, group=engine.group, prompt_ids=e["prompt_ids"], prefix=e["response_ids"][:cut], answer=e["answer"])
-                self.waiting.append(state | {"left": len(e["response_ids"]) - cut})  # tokens of the response behind the state
+                state = dict(
+                    number=i, group=engine.group, prompt_ids=e["prompt_ids"], prefix=e["response_ids"][:cut], answer=e["answer"],
+                    left=len(e["response_ids"]) - cut,  # tokens of the response behind the state
+                )  # fmt: skip
+                self.waiting.append(state)
 
     def submit(self):
         """Send the engine as many of the states that wait as it has room for. After each of its steps."""

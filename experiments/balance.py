@@ -33,6 +33,7 @@ MODELS = {  # bytes of the weights, of the KV cache per token; sequences that fi
 
 
 def step_seconds(model, sequences):
+    """What host and sampler take, a guess, or reading weights and KV cache at 60 % of 3.35 TB/s."""
     weights, kv, _ = MODELS[model]
     return max(0.020, (weights + sequences * (PROMPT + 0.7 * MEAN) * kv) / (0.6 * 3.35e12))
 

@@ -1,6 +1,6 @@
 """What the implementation costs, as ratios measured side by side: one table, and experiments/results/bench-DEVICE.json.
 
-    python experiments/bench.py                         # all of it; 40 minutes on two cores, with a tiny random model
+    python experiments/bench.py                         # all of it; 33 minutes on two cores, with a tiny random model
     python experiments/bench.py --only head stream      # some of it
     python experiments/bench.py --model realtreetune/rho-1b-sft-MATH       # on a GPU, with a real model and MATH prompts
 

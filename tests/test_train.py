@@ -80,7 +80,8 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit(devic
     episodes = train.sample_responses(engine, grader, [(problem, [ord("?")])], s, values)
     assert [e["reward"] for e in episodes] == [0.0, 1.0] and all(e["finished"] for e in episodes)
     kinds = [key[0] for key, *_ in engine.requests]
-    assert kinds == ["response"] * 2 + ["rollouts"] * 4  # the last of them after rollouts of the response that ended first
+    assert kinds == ["response"] * 2 + ["rollouts"] * 4
+    assert len(values.rollouts) == 3 * 4  # those of the response that ended first, before the other one had ended
     values.wait()
     vined = values.set_advantages(episodes)
     _, prompts, n, limits = zip(*engine.requests[2:])
@@ -214,7 +215,7 @@ def test_an_iteration_in_which_the_engine_gave_everything_up_goes_through(device
     seconds = dict(sample=1.0, values=1.0)
     metrics = train.iteration_metrics(1, episodes, (vined, grader.counts, (0, 0), 2), {}, seconds, dict(sample=0, values=0))
     assert metrics["aborted"] == 2 and metrics["unfinished"] == 1 and metrics["reward"] == metrics["states"] == metrics["value_mean"] == 0
-    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(math.isfinite(value) for value in metrics.values()) and metrics["idle"] == 0
     grader.close()
 
 
@@ -237,7 +238,7 @@ def test_two_ranks_learn_arithmetic(tmp_path):
         assert line["logprob_gap"] < 1e-4  # the engine has the trainer's weights in every iteration
         assert line["skipped_steps"] == 0 and line["rollouts"] == 4 * line["states"]
         assert line["states"] <= 64 * line["steps_per_response"]
-        assert 0 <= line["value_mean"] <= 1 and 0 <= line["zero_advantages"] <= 1
+        assert 0 <= line["value_mean"] <= 1 and 0 <= line["zero_advantages"] <= 1 and 0 <= line["idle"] < 0.5
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] > 0
     assert "accuracy before training" in done.stdout and f"wrote {run / 'model'}" in done.stdout
     AutoModelForCausalLM.from_pretrained(run / "model")
