@@ -1,13 +1,20 @@
-"""The engine: one vLLM inside each rank's process. It samples, takes the trainer's weights, and sleeps while the GPU trains.
+"""The engine, one vLLM inside each rank's process: it samples, takes the trainer's weights, and sleeps while the GPU trains.
 
-The only file that imports vLLM. Join the process group first (ppo.init_distributed), then make the Engine, then the trainer's models.
+    sample(engine, grader, episodes, s)     responses of episodes, with their rewards
+    evaluate(engine, grader, problems, s)   the same at the settings of evaluations
+
+The only file that imports vLLM. Join the process group first (ranks.init_distributed), then make
+the Engine, then the trainer's networks.
 """
 
 import os
 import warnings
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import replace
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process; read when vLLM is imported
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+    "0"  # the engine lives in this process; read when vLLM is imported
+)
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
@@ -22,32 +29,74 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from episode import Completion, Episode, State
+from grader import set_rewards, start_grading
 
-@dataclass
-class Completion:
-    token_ids: list[int]  # as sampled: ends with EOS if it was sampled; the tokens of a stop string stay, they are actions like any other
-    finished: bool  # ended by itself (EOS or a stop string), not by its token limit
-    logprobs: list[float] | None  # of each token at temperature 1, before top-p; None unless asked for
+
+def episodes_for(problems, n):
+    """n episodes to each problem, still without a response."""
+    return [Episode(p.prompt_ids, p.prompt, p.answer) for p in problems for _ in range(n)]
+
+
+def sample(engine, grader, episodes, s, on_response=None, logprobs=True):
+    """Fill the episodes with responses sampled at s.temperature and s.top_p, and their rewards.
+
+    on_response(episode) is called when a response ends, while others are still being written; what
+    it gives the engine to do need not have ended when this function returns.
+    """
+    for e in episodes:
+        engine.submit(e, 1, s.max_tokens, s.temperature, s.top_p, logprobs)
+    missing = len(episodes)
+    while missing:
+        for record in engine.advance(grader):
+            if isinstance(record, Episode):
+                missing -= 1
+                if on_response:
+                    on_response(record)
+    set_rewards(grader, episodes)
+
+
+def evaluate(engine, grader, problems, s):
+    """Episodes with rewards: s.eval_samples responses to each of this engine's share of the problems."""
+    episodes = episodes_for(engine.share(problems), s.eval_samples)
+    settings = replace(s, temperature=s.eval_temperature, top_p=s.eval_top_p)
+    sample(engine, grader, episodes, settings, logprobs=False)
+    return episodes
 
 
 class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
-    model: Hugging Face folder or hub name; max_sequence: tokens of the longest prompt and response together; stop: strings that end a response.
-    gpu_memory: share of a GPU for weights and KV cache. max_sequences: how many may run at a time; None: vLLM's default. tensor_parallel: so many consecutive ranks
-    share one model; they must be given the same requests in the same order, and get the same completions. Of `groups` such groups this
-    rank is in number `group`, and in each one rank `leads`. on_step is called before each step of the engine; it may raise to give its work up.
+    model: Hugging Face folder or hub name. max_sequence: tokens of the longest prompt and response
+    together. stop: strings that end a response. gpu_memory: share of a GPU for weights and KV
+    cache. max_sequences: how many may run at a time; None: vLLM's default. tensor_parallel: so many
+    consecutive ranks share one model; they must submit the same requests in the same order, and get
+    the same completions. on_step is called before each step; it may raise, to give up what is
+    running.
     """
 
     def __init__(
-        self, model, *, max_sequence, stop=(), bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1, trust_remote_code=False,
-        on_step=lambda: None,
+        self, model, *, max_sequence, stop=(), bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1,
+        trust_remote_code=False, on_step=None,
     ):  # fmt: skip
-        self.on_gpu, self.stop, self.asleep, self.on_step = torch.cuda.is_available(), list(stop), False, on_step
-        self.group, self.groups = dist.get_rank() // tensor_parallel, dist.get_world_size() // tensor_parallel
-        self.leads = dist.get_rank() % tensor_parallel == 0
-        self.running, self.submitted, self.steps = {}, 0, 0  # running: number of a request -> (its key, n)
-        self.aborted = 0  # completions that the engine gave up; they count as unfinished
+        self.on_gpu, self.stop, self.asleep, self.on_step = (
+            torch.cuda.is_available(),
+            list(stop),
+            False,
+            on_step,
+        )
+        self.sharers = tensor_parallel  # ranks that share this engine's model
+        self.number, self.engines = (
+            dist.get_rank() // tensor_parallel,
+            dist.get_world_size() // tensor_parallel,
+        )
+        self.leads = (
+            dist.get_rank() % tensor_parallel == 0
+        )  # of its sharers, the one that speaks for the engine
+        self.waiting = deque()  # (record, SamplingParams) for which vLLM has no room yet
+        self.running = {}  # request id -> (record, SamplingParams)
+        self.submitted, self.steps = 0, 0
+        self.aborted = 0  # completions that vLLM gave up; they count as unfinished
         bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
         self.llm = LLM(
             model,
@@ -69,79 +118,118 @@ class Engine:
         self.tokenizer = self.llm.get_tokenizer()
         self.max_sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
+    # --- ranks: several engines share the problems; several ranks may share an engine ---
+
+    def share(self, problems):
+        """This engine's share of the problems."""
+        return problems[self.number :: self.engines]
+
+    def my_share(self, episodes):
+        """This rank's share of its engine's episodes, to train on."""
+        size = len(episodes) // self.sharers
+        return episodes[dist.get_rank() % self.sharers * size :][:size]
+
+    # --- requests ---
+
     def seed(self, *numbers):
-        """What is sampled from here on depends on these integers, the weights and the rank's group alone: not on what was sampled before."""
-        number = hash((*numbers, self.group))
-        torch.manual_seed(number % 2**63)  # vLLM draws from the global generators: torch's, or on GPUs for top_p = 1 numpy's
+        """From here on the samples depend on these integers, the weights and the engine's number, not on earlier samples."""
+        number = hash((*numbers, self.number))
+        torch.manual_seed(
+            number % 2**63
+        )  # vLLM draws from the global generators: torch's, or on GPUs for top_p = 1 numpy's
         np.random.seed(number % 2**32)
         self._forget_prefixes()  # a cached prefix differs from one computed anew in the last bit
 
-    def submit(self, key, prompt, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        """Queue n completions of a list of token ids; step() delivers them under `key`. They may be submitted while others are written."""
+    def submit(self, record, n, max_tokens, temperature, top_p=1.0, logprobs=False):
+        """Queue n completions of a record: the ids of its prompt and prefix. step() gives it back with them.
+
+        Records may be submitted while others are written. Those for which vLLM has no room are in
+        `waiting`.
+        """
         params = SamplingParams(
-            n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=self.stop or None, detokenize=bool(self.stop),
-            logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
+            n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=self.stop or None,
+            detokenize=bool(self.stop), logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        number = str(self.submitted)
-        self.submitted += 1
-        self.running[number] = key, n
-        self.llm.llm_engine.add_request(number, {"prompt_token_ids": prompt}, params)
+        self.waiting.append((record, params))
+        self._fill()
 
-    def has_room(self):
-        """Whether fewer than max_sequences are in the engine, running or waiting there for a place in the KV cache."""
-        return self.llm.llm_engine.get_num_unfinished_requests() < self.max_sequences
+    def take_waiting(self):
+        """The records that wait, which are no longer submitted then."""
+        records = [record for record, _ in self.waiting]
+        self.waiting.clear()
+        return records
+
+    def _fill(self):
+        """Give vLLM what waits, as long as it has fewer than max_sequences sequences."""
+        while self.waiting and self.llm.llm_engine.get_num_unfinished_requests() < self.max_sequences:
+            record, params = self.waiting.popleft()
+            request_id = str(self.submitted)
+            self.submitted += 1
+            self.running[request_id] = record, params
+            prompt = {"prompt_token_ids": record.prompt_ids + record.prefix_ids}
+            self.llm.llm_engine.add_request(request_id, prompt, params)
 
     def step(self):
-        """One step of the engine, which adds a token to each sequence it works at: [(key, n Completions)] of the requests that end with it."""
-        self.on_step()
+        """One step of the engine, a token for each running sequence: [(record, its completions)] of those that end."""
+        if self.on_step:
+            self.on_step()
         self.steps += 1
-        ended = {output.request_id: [self._completion(c) for c in output.outputs] for output in self.llm.llm_engine.step()}
+        ended = {output.request_id: output.outputs for output in self.llm.llm_engine.step()}
         if not ended and not self.llm.llm_engine.has_unfinished_requests():
-            ended = {number: [] for number in self.running}  # it gave these up without a word
+            ended = {request_id: [] for request_id in self.running}  # vLLM dropped these and said nothing
         done = []
-        for number, completions in ended.items():
-            key, n = self.running.pop(number)
-            self.aborted += n - len(completions)
-            done.append((key, completions + [Completion([], False, None)] * (n - len(completions))))
+        for request_id, outputs in ended.items():
+            record, params = self.running.pop(request_id)
+            completions = [self._completion(record.prefix_ids, output) for output in outputs]
+            missing = params.n - len(completions)
+            self.aborted += missing
+            done.append((record, completions + [Completion([], "", False, None) for _ in range(missing)]))
+        self._fill()
         return done
 
-    def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        """Sample n completions for each prompt.
+    def advance(self, grader):
+        """One step. Fills the records that end with it, begins to grade them in the background, and returns them."""
+        ended = []
+        for record, completions in self.step():
+            record.take(completions)
+            start_grading(grader, record)
+            ended.append(record)
+        return ended
 
-        prompts: lists of token ids; max_tokens: one limit for all, or one per prompt. Returns a list of n Completions per prompt.
-        """
-        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
-        for i, (prompt, limit) in enumerate(zip(prompts, limits)):
-            self.submit(i, prompt, n, limit, temperature, top_p, logprobs)
-        done = {}
-        while self.running:
-            done |= self.step()
-        return [done[i] for i in range(len(prompts))]
-
-    def _completion(self, output):
+    def _completion(self, prefix_ids, output):
         ids = list(output.token_ids)
-        logprobs = [entry[i].logprob for entry, i in zip(output.logprobs, ids)] if output.logprobs is not None else None
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = [entry[i].logprob for entry, i in zip(output.logprobs, ids)]
+        text = self.decode(prefix_ids + ids)
+        stops = [text.find(s) for s in self.stop if s in text]  # vLLM overlooks one that begins in the prefix
         self.aborted += output.finish_reason not in ("stop", "length")
-        return Completion(ids, output.finish_reason == "stop", logprobs)
+        finished = output.finish_reason == "stop" or bool(stops)
+        return Completion(ids, text[: min(stops, default=len(text))], finished, logprobs)
+
+    def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
+        """n completions of each prompt, a list of token ids. max_tokens: one limit for all, or one per prompt."""
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        records = [State(prompt, []) for prompt in prompts]
+        for record, limit in zip(records, limits):
+            self.submit(record, n, limit, temperature, top_p, logprobs)
+        while self.running:
+            for record, completions in self.step():
+                record.take(completions)
+        return [record.rollouts for record in records]
 
     def decode(self, token_ids):
         """The text of token ids, without special tokens and exactly as the tokens spell it."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def text(self, token_ids):
-        """The response that token ids spell: decode, cut off before the first stop string."""
-        text = self.decode(token_ids)
-        return text[: min((text.find(s) for s in self.stop if s in text), default=len(text))]
-
-    def stops(self, token_ids):
-        """Whether a stop string stands in the text; vLLM overlooks one that begins in the prompt it was given."""
-        return any(stop in self.decode(token_ids) for stop in self.stop)
+    # --- weights and memory ---
 
     def load_weights(self, named_tensors):
-        """Take the policy's new weights, an iterator of (name, whole tensor), and forget the prefixes cached under the old ones."""
+        """Take the policy's new weights, an iterator of (name, whole tensor); forget the prefixes cached under the old ones."""
         self._wake("weights")
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})  # one call: chunks restore absent layers
+        # one call for all: with several, each restores the layers that it does not bring
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         self._wake("kv_cache")
         self.asleep = False
         self._forget_prefixes()  # vLLM keeps them across weight updates: the values would be the old policy's
@@ -168,3 +256,13 @@ class Engine:
     def shutdown(self):
         """Stop the engine; call it before the process group is destroyed."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def shut_down(engine, grader, watch):
+    """End what a program started, on all ranks together."""
+    watch.close()
+    grader.close()
+    dist.barrier()
+    engine.shutdown()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,203 +1,32 @@
-"""The estimator of VinePPO: steps, states, Monte Carlo values, advantages. Pure functions on token ids, strings and numbers.
+"""VinePPO's estimator: the value of each reasoning step, measured by rollouts (arXiv 2410.01679, section 4).
 
-A response is cut into steps; the state s_t is the prompt followed by the first t steps. Its value is the mean reward of K rollouts
-that continue from it (arXiv 2410.01679, section 4):
+A response is cut into steps (steps.py); the state s_t is the prompt followed by the first t steps.
+K rollouts tau_k continue from it, sampled by the current policy, and serve its value alone: no
+gradient flows through them.
 
-    V(s_t) = 1/K sum_k R(tau_k)                 tau_k sampled by the current policy from s_t
-    A_t    = r_t + V(s_{t+1}) - V(s_t)          r_t = 0 but for the last step, where it is the response's reward R and V(s_T) = 0
+    V(s_t) = 1/K sum_k R(tau_k)
+    A_t    = r_t + V(s_{t+1}) - V(s_t)      r_t = 0 but for the last step, where it is the response's reward R and V(s_T) = 0
 
-Every token of step t gets A_t. In the order of the calls:
-
-    split_steps -> token_starts -> token_boundaries -> number_states -> (the engine's rollouts) -> step_advantages -> token_advantages
+Every token of step t gets A_t.
 """
 
-import re
-from bisect import bisect_left, bisect_right
-
-# --- steps: where the text of a response is cut ---------------------------------------------------------------------------------
-
-SHORT, SHORT_LINE = 20, 12  # characters: a shorter piece that is no sentence joins its neighbour; so does a shorter line of a display
-LONG = 100  # characters: a longer piece is cut near its middle ...
-HALF_TEXT, HALF_FORMULA = 40, 20  # ... where both halves keep this many characters
-
-NEWLINE = re.compile(r"\n\s*")
-ENVIRONMENT = r"\{([a-zA-Z]+\*?)\}"
-DELIMITER = re.compile(rf"\\begin{ENVIRONMENT}|\\end{ENVIRONMENT}|\[/?asy\]|\\.|\$\$?|\n\s*\n", re.DOTALL)
-PARTNER = {r"\)": r"\(", r"\]": r"\[", "[/asy]": "[asy]", "$": "$", "$$": "$$"}
-SENTENCE_END = re.compile(r"[.!?][)\"'”’]{0,3}(?=\s+[A-Z])")
-ABBREVIATION = re.compile(r"(?<![A-Za-z])([A-Za-z]|[A-Z][a-z]|[A-Za-z]\.[A-Za-z]|vs|cf|Mrs)\.$")
-STOP_IN_FORMULA = re.compile(rf"[.!?]\s*(\\end{ENVIRONMENT}\s*)*(\$\$?|\\\]|\\\)|\\end{ENVIRONMENT})$")
-COMPLETE = re.compile(rf"[.!?][)\"'”’]{{0,3}}\s*(\$\$?|\\\]|\\\)|\\end{ENVIRONMENT})?$")
-ENUMERATOR = re.compile(r"\(?\w{0,3}[.)]{1,2}")  # "10." of a numbered list
-OPENING_LINE = re.compile(rf"(\s|\$\$|\\\[|\[asy\]|\\begin{ENVIRONMENT}(\{{[^{{}}\n]{{0,20}}\}})?|\\left[\[({{.])+")
-CLOSING_LINE = re.compile(rf"(\s|\$\$|\\\]|\[/asy\]|\\end{ENVIRONMENT}|\\right[\])}}.]|[.,;])+")
-PAUSES = [re.compile(p) for p in (r",(?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")]  # a long piece is cut behind these in text,
-RELATIONS = [re.compile(p) for p in (r",(?:\$\$?|\\[)\]])", r"(?<![\\<>=!])=", r"\\equiv(?![a-zA-Z])")]  # else behind these in formulas
+from episode import Estimator, State
+from grader import set_rewards
+from steps import step_boundaries
+from support.ranks import over_ranks
 
 
-def split_steps(text):
-    """Character boundaries of the reasoning steps of a response: strictly increasing from 0 to len(text) ([0] for "").
-
-    A response that ends in a "#### n" line, or is without any letter, has one step a line: each newline begins the next step, and the "#### n"
-    line belongs to the step before it (the paper's GSM8K rule). Any other response is read as a LaTeX solution (its MATH rule): a
-    step ends at a newline, and at a full stop before white space and a capital letter, but not inside a formula; the white space
-    begins the next step. The lines of a display, and of a figure's code ([asy]), are steps. Fragments join a neighbour; pieces longer
-    than LONG are cut near the middle, behind a comma, "and", a colon or "to", or else inside a formula behind a comma, = or \\equiv.
-
-    Where this differs from the released heuristic (math_extract_steps_inplace.py): a line that only closes an environment and a line
-    of fewer than SHORT_LINE characters are no steps, a full stop ends a step also where \\end{..} follows it in its formula, text
-    after a figure begins a step, no formula is cut behind a plus sign, and a delimiter without its partner is plain text. On 1,000
-    solutions of MATH nine of ten boundaries agree (F1 0.91). Time is linear in len(text).
-    """
-    first, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    if first >= end:
-        return [0, len(text)] if text else [0]
-    newlines = list(NEWLINE.finditer(text, first, end))
-    if re.search(r"^####[^\n]*\Z", text[:end], re.MULTILINE) or not re.search(r"[A-Za-z]", text):
-        return [0, *(m.start() for m in newlines if not text.startswith("####", m.end())), len(text)]
-
-    formulas = _formulas(text)
-    starts = [start for start, _, _ in formulas]
-
-    def formula_at(position):
-        i = bisect_right(starts, position) - 1
-        return formulas[i] if i >= 0 and position < formulas[i][1] else None
-
-    cuts, lines = {m.start() for m in newlines if not formula_at(m.start())}, set()
-    for m in SENTENCE_END.finditer(text, first, end):
-        if not formula_at(m.start()) and not ABBREVIATION.search(text, max(0, m.start() - 4), m.start() + 1):
-            cuts.add(m.end())
-    for start, stop, opener in formulas:
-        ends_sentence = opener == "[asy]" or STOP_IN_FORMULA.search(text, max(start, stop - 60), stop)
-        if ends_sentence and text[stop : stop + 20].lstrip()[:1].isupper():
-            cuts.add(stop)
-        if opener not in ("$", r"\("):
-            lines.update(_display_lines(text, start, stop))
-    return _cut_long(text, _join_fragments(text, [0, *sorted(cuts | lines), len(text)], lines), formula_at)
-
-
-def _formulas(text):
-    """Outermost formulas [(start, stop, opener)] in order. A delimiter without a partner is text; `$` stays in its paragraph."""
-    waiting, found = {}, []  # waiting: opener -> where openers stand that have no partner yet
-    for m in DELIMITER.finditer(text):
-        mark = m.group()
-        if mark.isspace():
-            waiting.pop("$", None)
-            continue
-        opener = rf"\begin{{{m[2]}}}" if m[2] else PARTNER.get(mark)
-        if mark == "$" and waiting.get("$"):
-            start, stop = waiting["$"][0], m.start()
-            if text.find("\n", start, stop) >= 0 and SENTENCE_END.search(text, start, stop):
-                waiting["$"] = []  # "It costs $5 now. Then it rises.\nIt was $4": amounts of money, no formula
-        if opener and waiting.get(opener):
-            found.append((waiting[opener].pop(), m.end(), opener))
-        elif m[1] or mark in PARTNER.values():
-            waiting.setdefault(mark, []).append(m.start())
-    outermost = []
-    for start, stop, opener in sorted(found, key=lambda f: (f[0], -f[1])):
-        if not outermost or start >= outermost[-1][1]:
-            outermost.append((start, stop, opener))
-        elif stop > outermost[-1][1]:  # crossing delimiters of broken text
-            outermost[-1] = (outermost[-1][0], stop, outermost[-1][2])
-    return outermost
-
-
-def _display_lines(text, start, stop):
-    """Where lines of the display text[start:stop] begin; one that only opens or closes an environment belongs to its neighbour."""
-    line_start = text.rfind("\n", max(0, start - SHORT), start) + 1 or max(0, start - SHORT)  # of the line in which the display opens
-    lines = [line_start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
-    for previous, line, following in zip(lines, lines[1:], lines[2:]):
-        if not OPENING_LINE.fullmatch(text, previous, line) and not CLOSING_LINE.fullmatch(text, line, following):
-            yield line
-
-
-def _join_fragments(text, cuts, lines):
-    """Drop the cuts that would leave a piece of fewer than SHORT characters (SHORT_LINE: a line of a display) that is no sentence."""
-    kept = [0]
-    for cut in cuts[1:]:
-        piece = text[kept[-1] : cut].strip()
-        least = SHORT_LINE if kept[-1] in lines and cut in lines else SHORT
-        if len(piece) >= least or (COMPLETE.search(piece) and not ENUMERATOR.fullmatch(piece)):
-            kept.append(cut)
-    if kept[-1] != len(text):  # the last piece joins the one before
-        kept[-1:] = [len(text)] if len(kept) > 1 else [0, len(text)]
-    return kept
-
-
-def _cut_long(text, cuts, formula_at):
-    """Halve the pieces longer than LONG near their middle: at a pause of the text where possible, else at a relation in a formula."""
-    pending, added = [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a > LONG], []
-    places = []  # (minimal half, positions), the kinds of place in the order in which they are tried
-    for patterns, half, inside in ((PAUSES, HALF_TEXT, False), (RELATIONS, HALF_FORMULA, True)):
-        for pattern in patterns if pending else ():
-            places.append((half, [m.end() for m in pattern.finditer(text) if bool(formula_at(m.start())) == inside]))
-    while pending:
-        a, b = pending.pop()
-        for half, positions in places:
-            i = bisect_left(positions, (a + b) / 2)
-            cut = min(positions[max(0, i - 1) : i + 1], key=lambda c: abs(c - (a + b) / 2), default=a)
-            if a + half <= cut <= b - half:
-                added.append(cut)
-                pending += [(x, y) for x, y in ((a, cut), (cut, b)) if y - x > LONG]
-                break
-    return sorted([*cuts, *added])
-
-
-# --- tokens: the same boundaries in the sampled token ids -----------------------------------------------------------------------
-
-
-def token_starts(token_ids, decode):
-    """The character of the decoded text at which each token begins; a token that adds no character begins where the text stands.
-
-    decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character whose bytes are spread over several
-    tokens begins with the first of them. The ids are decoded in windows of a few tokens, since a byte-level or SentencePiece decoder
-    gives other characters for a token alone than for the same token behind another.
-    """
-    starts, position, window, read = [], 0, 0, 0
-    for i in range(len(token_ids)):
-        starts.append(position)
-        before, after = decode(token_ids[window:read]), decode(token_ids[window : i + 1])
-        incomplete = after.endswith("\ufffd") and i - read < 8  # bytes of an unfinished character; 8 tokens on it is plain garbage
-        if not incomplete and len(after) > len(before):
-            position += len(after) - len(before)
-            window, read = read, i + 1
-    return starts
-
-
-def token_boundaries(steps, starts):
-    """Character boundaries of steps -> token boundaries, strictly increasing from 0 to len(starts).
-
-    A token belongs to the step that holds its first character (paper.md's rule: the ids that were sampled are the ids that are trained
-    on, a boundary inside a token never splits it). EOS and whatever follows the text belong to the last step. Steps without a token of
-    their own vanish.
-    """
-    return [0, *sorted({bisect_left(starts, b) for b in steps[1:-1]} - {0, len(starts)}), *([len(starts)] if starts else [])]
-
-
-# --- states, values, advantages -------------------------------------------------------------------------------------------------
-
-
-def number_states(numbers, prompt, response, boundaries, max_steps=None):
-    """The numbers of a response's states s_t, t = 0..T-1, each distinct state of a batch having one; None from max_steps on.
-
-    prompt, response: token ids; boundaries: the response's token boundaries. numbers: a dict (prompt ids, prefix ids) -> number, both
-    tuples, to which the states are added that are new. They are cut out of the sampled ids, never tokenized again. max_steps:
-    max_step_for_value_estimation of the released configs.
-    """
-    states = [(tuple(prompt), tuple(response[:cut])) for cut in boundaries[:-1]]
-    return [numbers.setdefault(s, len(numbers)) if max_steps is None or t < max_steps else None for t, s in enumerate(states)]
-
-
-def monte_carlo_values(rewards):
-    """V(s) = 1/K sum_k R(tau_k): the mean of each state's K rollout rewards. Unbiased for every K >= 1."""
-    return [sum(r) / len(r) for r in rewards]
+def monte_carlo_value(rewards):
+    """V(s) = 1/K sum_k R(tau_k): the mean of a state's K rollout rewards. Unbiased for every K >= 1."""
+    return sum(rewards) / len(rewards)
 
 
 def step_advantages(values, reward):
     """A_t of each step, from values[t] = V(s_t), t = 0..T-1, and the reward of the finished response (no discount).
 
-    A value of None (a state beyond the cap) is filled in from the end with the reward still to come, so the advantages of those
-    steps are 0 and the last valued state's step carries the difference. The sum is R - V(s_0).
+    A value of None (a state beyond the cap) is filled in from the end with the reward still to
+    come, so the advantages of those steps are 0 and the last valued state's step carries the
+    difference. The sum is R - V(s_0).
     """
     filled = [reward if v is None else v for v in values]
     # A_t = V(s_{t+1}) - V(s_t); for the last step r_t + V(s_T) = R + 0 takes the place of V(s_{t+1})
@@ -207,3 +36,105 @@ def step_advantages(values, reward):
 def token_advantages(boundaries, advantages):
     """One advantage per token: each token of step t gets A_t."""
     return [a for start, stop, a in zip(boundaries, boundaries[1:], advantages) for _ in range(start, stop)]
+
+
+class Vine(Estimator):
+    """Monte Carlo values of an iteration's states. Rollouts from a response's states begin as soon as that response ends.
+
+    A state is sent to the engine as the very token ids that were sampled up to it. Equal states are
+    valued once. States for which the engine has no room wait, and are dealt to engines whose
+    problems are shorter.
+    """
+
+    def __init__(self, engine, grader, s):
+        self.engine, self.grader, self.s = engine, grader, s
+        self.known = {}  # (prompt ids, prefix ids) -> State, of this engine's responses
+        self.guests = []  # states of other engines' responses that this engine values
+
+    def start(self, episode):
+        """Submit the states of a response that are not known yet."""
+        s, known = self.s, len(self.known)
+        ids = episode.response_ids
+        episode.boundaries = step_boundaries(s.step_credit, episode.text, ids, self.engine.decode)
+        episode.states = states_of(episode, self.known, s.max_valued_steps, self.engine.number)
+        for state in list(self.known.values())[known:]:
+            self._submit(state)
+
+    def _submit(self, state):
+        s = self.s
+        limit = s.max_tokens - len(state.prefix_ids)  # what the state leaves of the response's token limit
+        self.engine.submit(state, s.K, limit, s.temperature, s.top_p)
+
+    def deal(self):
+        """Deal the states that wait so that all engines have equally much to do. All ranks call it.
+
+        The rollouts from a state are taken to be as long as what its own response has behind it.
+        """
+        under_way = sum(state.rest for state, _ in self.engine.running.values())
+        waiting = self.engine.take_waiting()
+        engines = over_ranks([(under_way, waiting)] if self.engine.leads else [])
+        own = list(self.known.values())
+        for state in even_out(*zip(*engines))[self.engine.number]:
+            if state.home == self.engine.number:
+                state = own[state.number]
+            else:
+                self.guests.append(state)
+            self._submit(state)
+
+    def finish(self):
+        """Until all rollouts have ended and are graded."""
+        while self.engine.running:
+            self.engine.advance(self.grader)
+        set_rewards(self.grader, [*self.known.values(), *self.guests])
+
+    def set_advantages(self, episodes):
+        """Set the values of this engine's states, and from them the token advantages of this rank's episodes."""
+        own = list(self.known.values())
+        for guest in over_ranks(self.guests if self.engine.leads else []):
+            if guest.home == self.engine.number:
+                own[guest.number].rollouts = guest.rollouts
+        for state in own:
+            state.value = monte_carlo_value([rollout.reward for rollout in state.rollouts])
+        for e in episodes:
+            e.step_values = [None if state is None else state.value for state in e.states]
+            e.advantages = token_advantages(e.boundaries, step_advantages(e.step_values, e.reward))
+        self.known, self.guests = {}, []  # the next policy gives its states other values
+
+
+def states_of(episode, known, max_steps=None, home=0):
+    """The states s_t, t = 0..T-1, of an episode whose boundaries are set; None from max_steps on.
+
+    known: {(prompt ids, prefix ids): State}, to which the states are added that are new. Their ids
+    are cut out of the sampled ones, never tokenized again. max_steps: max_step_for_value_estimation
+    of the released configs.
+    """
+    prompt, ids, states = episode.prompt_ids, episode.response_ids, []
+    for t, cut in enumerate(episode.boundaries[:-1]):
+        if max_steps is not None and t >= max_steps:
+            states.append(None)
+            continue
+        key = tuple(prompt), tuple(ids[:cut])
+        if key not in known:
+            known[key] = State(prompt, ids[:cut], episode.answer, len(ids) - cut, home, number=len(known))
+        states.append(known[key])
+    return states
+
+
+def even_out(loads, queues):
+    """Move states from queues of engines that have too much to do to those that have too little: the new queues.
+
+    loads: what each engine has begun already, in the unit of State.rest; queues: a list of states
+    for each engine. Neighbours in a queue, which share a prefix, mostly stay together.
+    """
+    queues, moved = [list(queue) for queue in queues], []
+    loads = [load + sum(state.rest for state in queue) for load, queue in zip(loads, queues)]
+    mean = sum(loads) / len(loads)
+    for i, queue in enumerate(queues):
+        while queue and loads[i] - queue[-1].rest >= mean:
+            loads[i] -= queue[-1].rest
+            moved.append(queue.pop())
+    for i, queue in enumerate(queues):
+        while moved and loads[i] < mean:
+            loads[i] += moved[-1].rest
+            queue.append(moved.pop())
+    return queues

@@ -3,15 +3,18 @@
     V(s_t) predicted for every token position;  delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  V = 0 after the last token
     A_t = delta_t + gamma lambda A_{t+1};  the network's target is A_t + V(s_t)           (arXiv 1506.02438; paper.md: gamma = lambda = 1)
 
-The reward comes with the last token; a response without an end has reward 0 and no value behind it. The head starts at zero.
+The reward comes with the last token; a response without an end has reward 0 and no value behind it.
+The head starts at zero.
 """
 
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForTokenClassification
 from transformers.utils import logging
 
-import ppo
+from episode import Estimator
+from model import load_sharded
+from ppo import Learner, per_token
+from support.ranks import sum_over_ranks
 
 
 def gae(values, reward, gamma=1.0, lam=1.0):
@@ -25,98 +28,93 @@ def gae(values, reward, gamma=1.0, lam=1.0):
 
 
 def value_loss(values, old_values, returns, clip=0.2, num_tokens=None):
-    """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2). All tensors [N]; returns the scalar.
+    """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2). All tensors [N].
 
-    num_tokens is that of the whole minibatch over all ranks, so the losses of its micro-batches add up; None: these tokens are the minibatch.
+    num_tokens is that of the whole minibatch over all ranks, so the losses of its micro-batches add
+    up; None: these tokens are the minibatch.
     """
     clipped = values.clamp(old_values - clip, old_values + clip)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * errors.sum() / (len(errors) if num_tokens is None else num_tokens)
 
 
-class Critic:
-    """The value network and its optimizer, sharded over the ranks like the policy. The settings are those of ppo.Trainer."""
+class ValueNetwork(torch.nn.Module):
+    """A token classifier with one class, whose forward gives V of the state before each action token."""
 
-    def __init__(
-        self, model, device, *, total_steps, learning_rate, minibatch, micro_batch_tokens=8192, epochs=2, gamma=1.0, gae_lambda=1.0, clip=0.2,
-        max_grad_norm=1.0, bfloat16=None, checkpoint_activations=False, hybrid=False, seed=0, trust_remote_code=False,
-    ):  # fmt: skip
-        self.device, self.total_steps, self.peak = device, total_steps, learning_rate
-        self.minibatch, self.micro_batch_tokens, self.epochs = minibatch // dist.get_world_size(), micro_batch_tokens, epochs
-        self.gamma, self.gae_lambda, self.clip, self.max_grad_norm, self.seed = gamma, gae_lambda, clip, max_grad_norm, seed
-        self.step, self.skipped = 0, 0  # skipped: steps in a row
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        for name, parameter in network.named_parameters():
+            if name.startswith(("score.", "classifier.")):
+                torch.nn.init.zeros_(
+                    parameter
+                )  # from_pretrained draws the missing head at random, on each rank anew
+
+    def forward(self, m):
+        """[N], float32, for the N action tokens of a MicroBatch."""
+        return self.network(**m.inputs(), use_cache=False).logits[0, m.positions, 0].float()
+
+
+class Critic(Estimator):
+    """The value network and its optimizer, sharded like the policy. loading: see load_sharded; learning: see Learner."""
+
+    def __init__(self, path, device, *, gamma=1.0, gae_lambda=1.0, clip=0.2, loading=None, **learning):
+        self.device, self.gamma, self.gae_lambda, self.clip = device, gamma, gae_lambda, clip
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # else it reports that the folder has no value head
-        self.model = ppo.load_sharded(
-            model, device, True, bfloat16, checkpoint_activations, hybrid, trust_remote_code, AutoModelForTokenClassification,
-            num_labels=1, classifier_dropout=0.0,
-        )  # fmt: skip
+        network = dict(wrapper=ValueNetwork, architecture=AutoModelForTokenClassification)
+        head = dict(num_labels=1, classifier_dropout=0.0)
+        self.model = load_sharded(path, device, **network, **head, **(loading or {}))
         logging.set_verbosity(verbosity)
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(("score.", "classifier.")):
-                torch.nn.init.zeros_(parameter)  # from_pretrained draws the missing head at random, on each rank anew
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
-
-    def _values(self, micro):
-        """V of the state before each action token of a micro-batch: [N], float32."""
-        return self.model(**micro["inputs"], use_cache=False).logits[0, micro["positions"], 0].float()
+        self.networks = (self.model,)
+        self.learner = Learner(self.model, device, **learning)
 
     @torch.no_grad()
     def set_advantages(self, episodes):
-        """Set the token advantages of this rank's episodes (dicts with prompt_ids, response_ids, reward), their values and returns."""
-        batch = ppo.collate(episodes, [], self.device)
-        values = torch.zeros(batch["spans"][-1][1], device=self.device)
-        for m in ppo.micro_batches(batch, range(len(episodes)), self.micro_batch_tokens):
-            values[m["tokens"]] = self._values(m)
-        values = values.tolist()
-        for e, (start, stop) in zip(episodes, batch["spans"]):
-            e["values"] = values[start:stop]
-            e["advantages"] = gae(e["values"], e["reward"], self.gamma, self.gae_lambda)
-            e["returns"] = [a + v for a, v in zip(e["advantages"], e["values"])]
+        """Set the token advantages of this rank's episodes, the values they come from, and the returns."""
+        values = torch.zeros(sum(len(e.response_ids) for e in episodes), device=self.device)  # [N]
+        for m in self.learner.micro_batches(episodes):
+            values[m.tokens] = self.model(m)
+        for e, part in zip(episodes, values.split([len(e.response_ids) for e in episodes])):
+            e.token_values = part.tolist()
+            e.advantages = gae(e.token_values, e.reward, self.gamma, self.gae_lambda)
+            e.returns = [a + v for a, v in zip(e.advantages, e.token_values)]
         self.model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
 
     def update(self, episodes):
-        """Fit the network to the returns of the episodes whose advantages it has set: every rank brings as many. Returns metrics over all ranks.
+        """Fit the network to the returns of the episodes whose advantages it has set. Returns metrics over all ranks.
 
-        explained_variance: 1 - Var(G - V) / Var(G) over the action tokens, of the predictions that the advantages came from.
+        explained_variance: 1 - Var(G - V) / Var(G) over the action tokens, of the predictions that
+        the advantages came from.
         """
-        batch = ppo.collate(episodes, ["values", "returns"], self.device)
-        losses, norms, skips = [], [], 0
-        for rows in ppo.minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):
-            num_tokens, _ = ppo.count_over_ranks(batch, rows)
-            self.optimizer.zero_grad()
-            total = torch.zeros((), device=self.device)
-            for m in ppo.micro_batches(batch, rows, self.micro_batch_tokens):
-                loss = value_loss(self._values(m), m["values"], m["returns"], self.clip, num_tokens)
-                (loss * dist.get_world_size()).backward()  # FSDP averages gradients over the ranks; the minibatch's gradient is their sum
-                total += loss.detach()
-            losses.append(ppo.sum_over_ranks(total).item())
-            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).full_tensor().item())
-            skipped = not (losses[-1] < float("inf") and norms[-1] < float("inf"))  # true of NaN, too; the same on all ranks
-            if not skipped:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = ppo.learning_rate(self.step, self.total_steps, self.peak)
-                self.optimizer.step()
-            skips += skipped
-            numbers = {"value_loss": losses[-1], "critic_grad_norm": norms[-1]}
-            self.skipped = ppo.count_skipped(self.skipped, skipped, ppo.Trainer.MAX_SKIPPED, numbers)
-            self.step += 1
-        mean = {"value_loss": losses, "critic_grad_norm": norms, "explained_variance": [explained_variance(batch["tokens"])]}
-        return {name: sum(x) / len(x) for name, x in mean.items()} | {"critic_skipped_steps": skips}
+        old_values, returns = (per_token(episodes, name, self.device) for name in ("token_values", "returns"))
+
+        def loss_of(m, num_responses, num_tokens):
+            return value_loss(
+                self.model(m), old_values[m.tokens], returns[m.tokens], self.clip, num_tokens
+            ), {}
+
+        found = self.learner.fit(episodes, loss_of)
+        names = dict(value_loss="loss", critic_grad_norm="grad_norm", critic_skipped_steps="skipped_steps")
+        explained = explained_variance(old_values, returns)
+        return {new: found[old] for new, old in names.items()} | {"explained_variance": explained}
 
     def save(self, folder):
-        """Write the sharded weights and optimizer state, all ranks together; load reads them back, on any number of ranks."""
-        ppo.save_state(folder, self.model, self.optimizer, self.step)
+        """Write the sharded weights and optimizer state, all ranks together; load reads them, on any number of ranks."""
+        self.learner.save(folder / "critic")
 
     def load(self, folder):
-        self.step = ppo.load_state(folder, self.model, self.optimizer)
+        self.learner.load(folder / "critic")
 
 
-def explained_variance(tokens):
-    """1 - Var(G - V) / Var(G) over the action tokens of all ranks; 0 where the returns are all equal. tokens: returns, values [N]."""
-    returns, errors = tokens["returns"].double(), (tokens["returns"] - tokens["values"]).double()
-    sums = [returns.new_tensor(len(returns)), *((x**power).sum() for x in (returns, errors) for power in (1, 2))]
-    n, g, gg, e, ee = ppo.sum_over_ranks(torch.stack(sums)).tolist()
+def explained_variance(values, returns):
+    """1 - Var(G - V) / Var(G) over the action tokens of all ranks, [N] each; 0 where the returns are all equal."""
+    returns, errors = returns.double(), (returns - values).double()
+    sums = [
+        returns.new_tensor(len(returns)),
+        *((x**power).sum() for x in (returns, errors) for power in (1, 2)),
+    ]
+    n, g, gg, e, ee = sum_over_ranks(torch.stack(sums)).tolist()
     n = max(n, 1)
     variance = gg / n - (g / n) ** 2
     return 1 - (ee / n - (e / n) ** 2) / variance if variance > 1e-12 else 0.0

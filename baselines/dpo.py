@@ -5,8 +5,9 @@
 
     loss = -log sigmoid(beta (log rho(right) - log rho(wrong) - penalty max(0, -log rho(right)))),   rho(y) = pi(y) / pi_ref(y)
 
-The penalty holds up the likelihood of the right response, which plain DPO lets fall as long as that of the wrong one falls faster. The
-reference of a round is the policy that sampled its pairs; with --rounds 1 that is DPO+ as published.
+The penalty holds up the likelihood of the right response, which plain DPO lets fall as long as that
+of the wrong one falls faster. The reference of a round is the policy that sampled its pairs; with
+--rounds 1 that is DPO+ as published.
 """
 
 import os
@@ -21,15 +22,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import ppo
 from baselines import rounds
-from train import over_ranks, setting
+from model import load_sharded
+from ppo import learning_rate, micro_batch
+from support.ranks import over_ranks, sum_over_ranks
+from support.settings import setting
 
 
 @dataclass
 class Settings(rounds.Settings):
-    beta: float = setting(0.3, "weight of the log-ratios")
-    penalty: float = setting(50.0, "weight of the right response's loss of likelihood; 0: plain DPO")
+    beta: float = setting(0.3, "weight of the log-ratios", min=0)
+    penalty: float = setting(50.0, "weight of the right response's loss of likelihood; 0: plain DPO", min=0)
 
 
 def dpo_positive_loss(right, wrong, ref_right, ref_wrong, beta=0.3, penalty=50.0):
@@ -48,52 +51,57 @@ def pairs_of(episodes, cap, seed):
     return pairs
 
 
-def response_logprobs(model, episodes, device):
+def response_logprobs(policy, episodes, device):
     """log pi(response | prompt) of each episode: [B]."""
-    batch = ppo.collate(episodes, [], device)
-    logprobs = ppo.token_logprobs(model, ppo.micro_batch(batch, range(len(episodes))))
-    return torch.stack([part.sum() for part in logprobs.split([stop - start for start, stop in batch["spans"]])])
+    logprobs = policy(micro_batch(episodes, range(len(episodes)), device))
+    return torch.stack([part.sum() for part in logprobs.split([len(e.response_ids) for e in episodes])])
 
 
 def train_round(s, episodes, policy, device):
     """One round, as rounds.main wants it: the policy that sampled the episodes, trained on their pairs."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = policy or ppo.load_sharded(s.model, device, True, s.bfloat16, s.activation_checkpointing)
+    policy = policy or load_sharded(s.model, device)
     pairs = pairs_of(episodes, s.cap, s.seed)
     pairs = pairs[: len(pairs) // world * world]  # all ranks make the same number of passes
     if not pairs:
-        return model, 0, {"examples": 0}
+        return policy, 0, {"examples": 0}
     batch = min(s.batch, len(pairs))
     steps = max(1, int(len(pairs) * s.epochs) // batch)
-    order = [i for epoch in range(int(s.epochs) + 1) for i in random.Random(s.seed + epoch).sample(range(len(pairs)), len(pairs))]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
-    reference, losses = _reference_logprobs(s, model, pairs, device), []
+    order = []
+    for epoch in range(int(s.epochs) + 1):
+        order += random.Random(s.seed + epoch).sample(range(len(pairs)), len(pairs))
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=s.learning_rate, weight_decay=0.0, fused=device.type == "cuda"
+    )
+    reference, losses = _reference_logprobs(s, policy, pairs, device), []
     for step in range(steps):
-        mine, total = order[step * batch : (step + 1) * batch][rank::world], torch.zeros((), device=device)
+        mine = order[step * batch : (step + 1) * batch][rank::world]
+        total = torch.zeros((), device=device)
         optimizer.zero_grad()
         for k in range(0, len(mine), s.micro_batch):
             rows = mine[k : k + s.micro_batch]
-            logprobs = response_logprobs(model, [e for i in rows for e in pairs[i]], device).view(-1, 2)  # [B, 2]: right, wrong
+            both = [e for i in rows for e in pairs[i]]
+            logprobs = response_logprobs(policy, both, device).view(-1, 2)  # [B, 2]: right, wrong
             ref = reference[rows].to(device)  # [B, 2]
             loss = dpo_positive_loss(*logprobs.T, *ref.T, s.beta, s.penalty).sum() / batch
             (loss * world).backward()  # FSDP averages over the ranks; we want the sum
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = ppo.learning_rate(step, steps, s.learning_rate)
+            group["lr"] = learning_rate(step, steps, s.learning_rate)
         optimizer.step()
-        losses.append(ppo.sum_over_ranks(total).item())
-    return model, steps, {"examples": len(pairs), "loss": sum(losses) / len(losses)}
+        losses.append(sum_over_ranks(total).item())
+    return policy, steps, {"examples": len(pairs), "loss": sum(losses) / len(losses)}
 
 
 @torch.no_grad()
-def _reference_logprobs(s, model, pairs, device):
+def _reference_logprobs(s, policy, pairs, device):
     """[number of pairs, 2], under the policy before its first step; each rank computes a share of them."""
     share = len(pairs) // dist.get_world_size()
-    mine = pairs[dist.get_rank() * share :][:share]
-    parts = [
-        response_logprobs(model, [e for pair in mine[k : k + s.micro_batch] for e in pair], device) for k in range(0, share, s.micro_batch)
-    ]
+    mine, parts = pairs[dist.get_rank() * share :][:share], []
+    for k in range(0, share, s.micro_batch):
+        both = [e for pair in mine[k : k + s.micro_batch] for e in pair]
+        parts.append(response_logprobs(policy, both, device))
     return torch.tensor(over_ranks(torch.cat(parts).tolist())).view(-1, 2)
 
 

@@ -1,10 +1,13 @@
 """Advantages without values: a response is compared with the other responses to its problem. GRPO and RLOO.
 
-All tokens of a response get its one advantage. The loss, the KL term and the sampling are those of train.py for every algorithm, so GRPO
-here has PPO's mean over the tokens of the minibatch where its authors take the mean of each response first.
+All tokens of a response get its one advantage. The loss, the KL term and the sampling are those of
+train.py for every algorithm, so GRPO here has PPO's mean over the tokens of the minibatch where its
+authors take the mean of each response first.
 """
 
 import statistics
+
+from episode import Estimator
 
 
 def grpo(rewards):
@@ -19,9 +22,14 @@ def rloo(rewards):
     return [r - (total - r) / (len(rewards) - 1) for r in rewards]
 
 
-def set_advantages(episodes, formula, group):
-    """Set the token advantages of episodes of which each `group` in a row answer one problem (at least two of them)."""
-    for i in range(0, len(episodes), group):
-        members = episodes[i : i + group]
-        for e, advantage in zip(members, formula([e["reward"] for e in members])):
-            e["advantages"] = [advantage] * len(e["response_ids"])
+class Group(Estimator):
+    """formula: grpo or rloo. size: so many episodes in a row answer one problem, at least two."""
+
+    def __init__(self, formula, size):
+        self.formula, self.size = formula, size
+
+    def set_advantages(self, episodes):
+        for i in range(0, len(episodes), self.size):
+            members = episodes[i : i + self.size]
+            for e, advantage in zip(members, self.formula([e.reward for e in members])):
+                e.advantages = [advantage] * len(e.response_ids)

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=8 -m baselines.restem --dataset math
     python -m baselines.restem --dataset arithmetic --learning_rate 3e-4 --problems_per_round 256
 
-Every round starts again from the base model, so that what an early round taught does not pile up; the policy of the last round only samples.
+Every round starts again from the base model, so that what an early round taught does not pile up;
+the policy of the last round only samples.
 """
 
 import os
@@ -16,37 +17,34 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-import ppo
 import sft
 from baselines import rounds
-from train import setting
+from model import load_sharded
+from support.settings import setting
 
 
 @dataclass
 class Settings(rounds.Settings):
-    base_model: str | None = setting(None, "what every round fine-tunes; default: --model")
+    base_model: str | None = setting(None, "what every round fine-tunes; None: --model")
 
 
 def right_responses(episodes, cap, seed):
-    """[(ids, number of prompt ids)] of at most `cap` distinct right responses to each problem, chosen at random."""
+    """At most `cap` distinct right responses to each problem, chosen at random."""
     rng = random.Random(seed)
-    kept = [e for right, _ in rounds.by_problem(episodes) for e in rng.sample(right, min(cap, len(right)))]
-    return [(e["prompt_ids"] + e["response_ids"], len(e["prompt_ids"])) for e in kept]
+    return [e for right, _ in rounds.by_problem(episodes) for e in rng.sample(right, min(cap, len(right)))]
 
 
 def train_round(s, episodes, policy, device):
     """One round, as rounds.main wants it: the base model, fine-tuned on the right ones of all ranks' episodes."""
-    rows = right_responses(episodes, s.cap, s.seed)
-    model = ppo.load_sharded(s.base_model or s.model, device, True, s.bfloat16, s.activation_checkpointing)
-    if len(rows) < dist.get_world_size():
-        return model, 0, {"examples": len(rows)}
-    losses = [
-        loss
-        for _, _, loss in sft.finetune(
-            model, rows, device, epochs=s.epochs, batch=s.batch, micro_batch=s.micro_batch, peak=s.learning_rate, seed=s.seed
-        )
-    ]
-    return model, len(losses), {"examples": len(rows), "loss": sum(losses) / len(losses)}
+    examples = right_responses(episodes, s.cap, s.seed)
+    policy = load_sharded(s.base_model or s.model, device)
+    if len(examples) < dist.get_world_size():
+        return policy, 0, {"examples": len(examples)}
+    options = dict(
+        epochs=s.epochs, batch=s.batch, micro_batch_size=s.micro_batch, peak=s.learning_rate, seed=s.seed
+    )
+    losses = [loss for _, _, loss in sft.finetune(policy, examples, device, **options)]
+    return policy, len(losses), {"examples": len(examples), "loss": sum(losses) / len(losses)}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""How long ranks wait for each other while values are sampled, with and without train.even_out: a simulation, since it takes 8 GPUs to see it.
+"""How long ranks wait for each other while values are sampled, with and without vine.even_out.
 
     python experiments/balance.py                               # MATH's solutions from the hub
     python experiments/balance.py --dataset FILE_OR_FOLDER      # or other problems with solutions
 
-Each rank draws its share of 64 problems and gets 8 responses to each, as long as the solution in the dataset times a log-normal factor (mean 1, sigma 0.35);
-9 rollouts from each state, as long as what the response has behind it times another such factor; the first state of a problem once. An engine adds a
-token to each of its sequences in a step, which takes as long as the README's estimate says. The seconds are as good as these assumptions; left out
-are prefill, also that of a state whose prefix another rank has in its cache, and that a rollout may only use what its prefix leaves of the limit.
+A simulation, since the real thing takes 8 GPUs. Each rank draws its share of 64 problems and gets 8
+responses to each, as long as the solution in the dataset times a log-normal factor (mean 1, sigma
+0.35). From each state it gets 9 rollouts, as long as what the response has behind the state times
+another such factor; the prompt is a state once for its 8 responses. An engine adds a token to each
+of its sequences in a step, which takes as long as the README's estimate says. The seconds are as
+good as these assumptions. Left out are prefill (also that of a state whose prefix another rank has
+in its cache) and that a rollout may only use what its prefix leaves of the limit.
 """
 
 import argparse
@@ -15,13 +18,15 @@ import random
 import statistics
 import sys
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
-import train
-import vine
+from episode import State
+from steps import split_steps
+from vine import even_out
 
 PROBLEMS, RESPONSES, K, LIMIT = 64, 8, 9, 1024  # the paper's; LIMIT: tokens of a response
 MEAN, PROMPT = 227, 85  # tokens of a MATH solution and prompt
@@ -33,7 +38,10 @@ MODELS = {  # bytes of the weights, of the KV cache per token; sequences that fi
 
 
 def step_seconds(model, sequences):
-    """What host and sampler take, a guess, or reading weights and KV cache at 60 % of 3.35 TB/s."""
+    """The longer of two: what host and sampler take (a guess), and reading weights and KV cache.
+
+    The latter at 60 % of 3.35 TB/s.
+    """
     weights, kv, _ = MODELS[model]
     return max(0.020, (weights + sequences * (PROMPT + 0.7 * MEAN) * kv) / (0.6 * 3.35e12))
 
@@ -42,77 +50,96 @@ def varied(length, rng):
     return min(LIMIT, max(2, round(length * math.exp(rng.gauss(-(0.35**2) / 2, 0.35)))))
 
 
+@dataclass
+class Sequence:
+    """A response or a rollout that an engine writes."""
+
+    to_go: int  # tokens until it ends
+    state: State | None = None  # a rollout's
+    states: list[State] | None = None  # a response's, which begin to wait when it ends
+
+
 class Rank:
-    """One engine, and the states that wait for it: {"left": tokens that the response has behind the state}."""
+    """One engine, and the states that wait for it. Of a State it uses only `rest`."""
 
     def __init__(self, model, rng):
         self.model, self.rng, self.seconds = model, rng, 0.0
-        self.queue, self.running, self.waiting = deque(), [], deque()  # queue, running: sequences [tokens to go, what it is]
+        self.queue, self.running = deque(), []  # Sequences
+        self.waiting = deque()  # States
 
     def submit(self):
+        """Start the rollouts of as many states as the engine has room for."""
         while self.waiting and len(self.queue) + len(self.running) < ROOM:
             state = self.waiting.popleft()
-            self.queue.extend([varied(state["left"], self.rng), state] for _ in range(K))
+            self.queue.extend(Sequence(varied(state.rest, self.rng), state) for _ in range(K))
 
     def step(self):
-        """What ended in this step."""
+        """One step of the engine: the sequences that end with it."""
         while self.queue and len(self.running) < MODELS[self.model][2]:
             self.running.append(self.queue.popleft())
         self.seconds += step_seconds(self.model, len(self.running))
         for sequence in self.running:
-            sequence[0] -= 1
-        ended = [what for to_go, what in self.running if to_go == 0]
-        self.running = [sequence for sequence in self.running if sequence[0]]
+            sequence.to_go -= 1
+        ended = [sequence for sequence in self.running if sequence.to_go == 0]
+        self.running = [sequence for sequence in self.running if sequence.to_go]
         return ended
 
     def sample(self, responses):
-        """train.sample_responses: until all have ended. responses: (length, [left of each state])."""
-        self.queue.extend([length, left] for length, left in responses)
+        """Until all the responses (Sequences) have ended. Rollouts from their states begin as each ends."""
+        self.queue.extend(responses)
         missing = len(responses)
         while missing:
-            for what in self.step():
-                if isinstance(what, list):  # a response
+            for sequence in self.step():
+                if sequence.states is not None:
                     missing -= 1
-                    self.waiting.extend({"left": left} for left in what)
+                    self.waiting.extend(sequence.states)
             self.submit()
 
-    def wait(self):
+    def under_way(self):
+        """The cost of what has begun, in the unit of State.rest."""
+        return sum(state.rest for state in {s.state for s in [*self.running, *self.queue]})
+
+    def finish(self):
+        """Until all rollouts have ended."""
         while self.waiting or self.queue or self.running:
             self.submit()
             self.step()
 
 
 def responses_of(solutions, problems, rng):
-    """Of one rank: (length, [left of each state])."""
+    """The responses of one rank, as Sequences. solutions: the boundaries of their steps, in tokens."""
     for cuts in rng.choices(solutions, k=problems):
         for i in range(RESPONSES):
-            length = varied(cuts[-1], rng)
-            left = [max(1, round(length * (1 - cut / cuts[-1]))) for cut in cuts[:-1]]
-            yield length, left[i > 0 :]  # the prompt is a state of the first alone
+            length, states = varied(cuts[-1], rng), []
+            for cut in cuts[:-1]:
+                rest = max(1, round(length * (1 - cut / cuts[-1])))
+                states.append(State([], [], rest=rest))
+            yield Sequence(length, states=states[i > 0 :])  # the prompt is a state of the first alone
 
 
-def iteration(model, solutions, spread, ranks, seed):
-    """(seconds until the last rank has ended, mean over the ranks of the share that they wait)"""
+def iteration(model, solutions, evened, ranks, seed):
+    """(seconds until the last rank has ended, mean share of them that a rank waits)"""
     rng = random.Random(seed)
     engines = [Rank(model, rng) for _ in range(ranks)]
     for engine in engines:
         engine.sample(list(responses_of(solutions, PROBLEMS // ranks, rng)))
     waited = 0.0
-    if spread:
+    if evened:
         met = max(e.seconds for e in engines)
         waited = sum(met - e.seconds for e in engines)
-        under_way = [sum({id(s): s["left"] for _, s in [*e.running, *e.queue]}.values()) for e in engines]
-        for e, waiting in zip(engines, train.even_out(under_way, [e.waiting for e in engines], lambda state: state["left"])):
+        loads = [e.under_way() for e in engines]
+        for e, waiting in zip(engines, even_out(loads, [e.waiting for e in engines])):
             e.seconds, e.waiting = met, deque(waiting)
     for engine in engines:
-        engine.wait()
+        engine.finish()
     total = max(e.seconds for e in engines)
     waited += sum(total - e.seconds for e in engines)
     return total, waited / ranks / total
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--dataset", default="math", help="as train.py's")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=10)
@@ -122,18 +149,18 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"balance.py: {error}")
     if not texts or a.iterations < 2 or a.ranks < 1 or PROBLEMS % a.ranks:
-        sys.exit(f"balance.py: the dataset needs solutions, --iterations must be at least 2, --ranks a divisor of {PROBLEMS}")
+        needs = f"--iterations must be at least 2, --ranks a divisor of {PROBLEMS}"
+        sys.exit(f"balance.py: the dataset needs solutions, {needs}")
     scale = MEAN / statistics.mean(map(len, texts))
-    solutions = [[cut * scale for cut in vine.split_steps(text)] for text in texts]
+    solutions = [[cut * scale for cut in split_steps(text)] for text in texts]
     for model in MODELS:
-        for spread in (False, True):
-            times, idle = zip(*(iteration(model, solutions, spread, a.ranks, seed) for seed in range(a.iterations)))
+        for evened in (False, True):
+            found = [iteration(model, solutions, evened, a.ranks, seed) for seed in range(a.iterations)]
+            times, idle = zip(*found)
             error = statistics.stdev(times) / len(times) ** 0.5
-            how = "evened out" if spread else "its own states"
-            print(
-                f"{model:16} {how:15} {statistics.mean(times):6.1f} ± {error:.1f} s   a rank waits {statistics.mean(idle):.2f} of it",
-                flush=True,
-            )
+            how = "evened out" if evened else "its own states"
+            took = f"{statistics.mean(times):6.1f} ± {error:.1f} s"
+            print(f"{model:16} {how:15} {took}   a rank waits {statistics.mean(idle):.2f} of it", flush=True)
 
 
 if __name__ == "__main__":

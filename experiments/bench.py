@@ -1,21 +1,25 @@
-"""What the implementation costs, as ratios measured side by side: one table, and experiments/results/bench-DEVICE.json.
+"""What the implementation costs, as ratios measured side by side.
 
-    python experiments/bench.py                         # all of it; 33 minutes on two cores, with a tiny random model
+    python experiments/bench.py                         # all of it; 33 minutes on two cores
     python experiments/bench.py --only head stream      # some of it
-    python experiments/bench.py --model realtreetune/rho-1b-sft-MATH       # on a GPU, with a real model and MATH prompts
+    python experiments/bench.py --model realtreetune/rho-1b-sft-MATH    # on a GPU
 
-Every part runs in a process of its own, so that its memory is its own. Two things that are compared take turns, and the medians of their times count (growth: means);
-absolute numbers belong to the machine. Memory is the device's peak (on CPU the process's resident peak) above what stood before.
+The model is a tiny random one, or with --model a real one, with MATH prompts. It prints a table and
+writes experiments/results/bench-DEVICE.json.
+
+Every part runs in a process of its own, so that its memory is its own. Two things that are compared
+take turns, and the medians of their times count (growth: means); absolute numbers belong to the
+machine. Memory is the device's peak (on CPU the process's resident peak) above what it held before.
 """
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")  # what is freed leaves the process at once, so that its peak can be seen
+# freed memory leaves the process at once, so that its peak shows
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")
 
 import argparse
-import dataclasses
 import gc
 import json
 import random
@@ -24,8 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import MethodType, SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,17 +38,24 @@ RESULTS = ROOT / "experiments" / "results"
 
 import torch
 
-import ppo
+import data
 import train
+from episode import Episode
+from grader import Grader
+from model import ChunkedLogprobs, compute_dtype, full_tensors, load_sharded, load_tokenizer
+from ppo import Trainer
+from support.ranks import init_distributed, over_ranks
+from vine import Vine
 
 ON_GPU = torch.cuda.is_available()
+KEPT = dict(checkpoint_activations=False)  # as in naive.py
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def peak(work):
-    """(Bytes of memory at the peak of work() above those before it, its result)"""
+    """(bytes of memory at the peak of work() above those before it, its result)"""
     gc.collect()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
@@ -57,7 +69,8 @@ def peak(work):
 
 
 def _resident(name):
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def seconds(work):
@@ -80,79 +93,103 @@ def row(what, value, unit="", aim="", note=""):
     return dict(what=what, value=value, unit=unit, aim=aim, note=note)
 
 
-# --- the workload -------------------------------------------------------------------------------------------------------------------
+# --- the workload ---
 
 
 def tiny_model(folder, vocab_size=4096, **changes):
-    """A random Llama whose tokens are letters, but one in 128 of them a "!", the stop string: most texts end early, a few at the limit."""
+    """A random Llama whose tokens are letters, but one in 128 of them a "!", the stop string.
+
+    So most texts end early, and a few at the limit.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    enders = [f"!{i}" for i in range(vocab_size // 128)]
-    letters = [chr((0x4E00 if i < 20_000 else 0xAC00 - 20_000) + i) for i in range(min(30_000, vocab_size - 2 - len(enders)))]
-    tokenizer = Tokenizer(models.WordLevel({x: i for i, x in enumerate(["<pad>", "<eos>", *enders, *letters])}, unk_token="<pad>"))
+    special, enders = ["<pad>", "<eos>"], [f"!{i}" for i in range(vocab_size // 128)]
+    count = min(30_000, vocab_size - len(special) - len(enders))
+    letters = [chr((0x4E00 if i < 20_000 else 0xAC00 - 20_000) + i) for i in range(count)]
+    vocabulary = {token: i for i, token in enumerate([*special, *enders, *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    whole.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = dict(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
+        hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=2048, bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(sizes | changes))).save_pretrained(folder)
     return folder
 
 
 class Workload:
-    """Settings, problems with their prompt ids, and an engine and a grader for them: MATH's shape, four times smaller, without a GPU."""
+    """Settings, problems with their prompt ids, and an engine and a grader for them.
+
+    With a model: MATH's prompts. Without: the shape of MATH, four times smaller, for a machine
+    without a GPU.
+    """
 
     def __init__(self, model, folder, prompts=4, **changes):
-        from grader import Grader
         from rollout import Engine
 
-        self.device = ppo.init_distributed()
-        self.model = model or (folder if (Path(folder) / "config.json").exists() else tiny_model(folder))
+        self.device = init_distributed()
+        made = (Path(folder) / "config.json").exists()
+        self.model = model or (folder if made else tiny_model(folder))
         s = train.parse_settings(["--dataset", "math", "--model", str(self.model)])
         if model:
-            import data
-
-            tokenizer = train.load_tokenizer(s)
-            problems, _ = data.encode(data.load("math", None, False)[0][: 20 * prompts], tokenizer, s.max_sequence - s.max_tokens, False)
-            self.batch = problems[:prompts]
+            problems = data.load("math")[0][: 20 * prompts]
+            limit = s.max_sequence - s.max_tokens
+            self.problems = data.encode(problems, load_tokenizer(s), limit)[0][:prompts]
         else:
-            small = dict(max_tokens=512, max_sequence=768, stop="!", temperature=1.0, top_p=1.0, step_credit="tokens:32")
-            s = dataclasses.replace(s, **small)
-            rng = random.Random(0)
-            fake = [train.data.Problem("", "", "1") for _ in range(prompts)]
-            self.batch = [(p, [rng.randrange(100, 4000) for _ in range(rng.randrange(100, 240))]) for p in fake]
-        self.s = dataclasses.replace(s, activation_checkpointing=False, **changes)
-        self.engine = Engine(self.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], gpu_memory=0.4)
+            sizes = dict(max_tokens=512, max_sequence=768)
+            s = replace(s, **sizes, stop="!", temperature=1.0, top_p=1.0, step_credit="tokens:32")
+            rng, self.problems = random.Random(0), []
+            for _ in range(prompts):
+                ids = [rng.randrange(100, 4000) for _ in range(rng.randrange(100, 240))]
+                self.problems.append(data.Problem("", "", prompt_ids=ids))
+        self.s = replace(s, **changes)
+        stop = [s.stop] if s.stop else []
+        self.engine = Engine(self.model, max_sequence=s.max_sequence, stop=stop, gpu_memory=0.4)
         self.engine.seed(0)
         self.grader = Grader(1)
 
-    def begin(self, streaming=True, grader=None, batch=None, **changes):
-        """The responses of one iteration: (episodes, their Values, of which some are under way)."""
-        s, batch, self.engine.steps = dataclasses.replace(self.s, **changes), batch or self.batch, 0
+    def forget_prefixes(self):
         if not self.engine.llm.reset_prefix_cache():
             raise RuntimeError("requests are running")
-        values = train.Values(self.engine, grader or self.grader, s)
-        episodes = train.sample_responses(self.engine, grader or self.grader, batch, s, values if streaming else None)
+
+    def begin(self, streaming=True, grader=None, problems=None, **changes):
+        """The responses of one iteration: (episodes, their Vine, whose rollouts are under way)."""
+        from rollout import episodes_for, sample
+
+        s, grader, self.engine.steps = replace(self.s, **changes), grader or self.grader, 0
+        self.forget_prefixes()
+        vine = Vine(self.engine, grader, s)
+        episodes = episodes_for(problems or self.problems, s.responses_per_prompt)
+        sample(self.engine, grader, episodes, s, on_response=vine.start if streaming else None)
         for e in [] if streaming else episodes:
-            values.begin(e)
+            vine.start(e)
         self.value_cache = self.engine.prefix_cache_counts()
-        return episodes, values
+        return episodes, vine
 
     def iterate(self, *arguments, **changes):
-        """One iteration's rollouts on one rank: (episodes, what Values.set_advantages says)."""
-        episodes, values = self.begin(*arguments, **changes)
-        values.wait()
-        return episodes, values.set_advantages(episodes)
+        """One iteration's rollouts on one rank: its episodes, with advantages."""
+        episodes, vine = self.begin(*arguments, **changes)
+        vine.finish()
+        vine.set_advantages(episodes)
+        return episodes
 
 
-def tokens_of(episodes, vined):
-    return sum(len(e["response_ids"]) for e in episodes) + vined["tokens"]
+def states_in(episodes):
+    """The distinct states."""
+    return {state for e in episodes for state in e.states if state}
 
 
-# --- rollouts -----------------------------------------------------------------------------------------------------------------------
+def tokens_of(episodes):
+    """Sampled tokens: of the responses, and of the rollouts from their states."""
+    rollouts = [rollout for state in states_in(episodes) for rollout in state.rollouts]
+    return sum(len(e.response_ids) for e in episodes) + sum(len(r.token_ids) for r in rollouts)
+
+
+# --- rollouts ---
 
 
 def bench_stream(a, folder):
@@ -161,14 +198,16 @@ def bench_stream(a, folder):
     for _ in range(2 * a.repeats):
         for streaming in (True, False):
             start = time.perf_counter()
-            tokens = tokens_of(*w.iterate(streaming))
+            tokens = tokens_of(w.iterate(streaming))
             found[streaming].append((w.engine.steps, tokens / (time.perf_counter() - start)))
     steps = {k: [steps for steps, _ in v] for k, v in found.items()}
-    ratio = statistics.mean(steps[True]) / statistics.mean(steps[False])
-    error = ratio * sum((statistics.stdev(v) / statistics.mean(v)) ** 2 / len(v) for v in steps.values()) ** 0.5
+    mean = {k: statistics.mean(v) for k, v in steps.items()}
+    ratio = mean[True] / mean[False]
+    error = ratio * sum((statistics.stdev(v) / mean[k]) ** 2 / len(v) for k, v in steps.items()) ** 0.5
     speed = {k: statistics.median(speed for _, speed in v) for k, v in found.items()}
+    note = f"± {error:.2f}; {mean[True]:.0f} steps"
     return [
-        row("engine steps, of two phases", ratio, aim="<= 0.9", note=f"± {error:.2f}; {statistics.mean(steps[True]):.0f} steps"),
+        row("engine steps, of two phases", ratio, aim="<= 0.9", note=note),
         row("time per token, of two phases", speed[False] / speed[True]),
     ]
 
@@ -178,50 +217,56 @@ def bench_generate(a, folder):
     from vllm import SamplingParams
 
     w = Workload(a.model, folder)
-    episodes, _ = w.iterate()
-    states = [(e["prompt_ids"], e["response_ids"][:cut]) for e in episodes for cut in e["boundaries"][:-1]]
-    prompts, limits = [p + r for p, r in states], [w.s.max_tokens - len(r) for _, r in states]
-    counted = {}
+    s, engine, prompts, limits = w.s, w.engine, [], []
+    for e in w.iterate():
+        for cut in e.boundaries[:-1]:
+            prompts.append(e.prompt_ids + e.response_ids[:cut])
+            limits.append(s.max_tokens - cut)
+    sampling = dict(n=s.K, temperature=s.temperature, top_p=s.top_p)
+    stop = dict(stop=engine.stop or None, detokenize=bool(engine.stop))
 
     def ours():
-        counted["ours"] = sum(
-            len(c.token_ids) for group in w.engine.generate(prompts, w.s.K, limits, w.s.temperature, w.s.top_p) for c in group
-        )
+        return engine.generate(prompts, max_tokens=limits, **sampling)
 
     def raw():
-        stop = dict(stop=w.engine.stop or None, detokenize=bool(w.engine.stop))
-        params = [SamplingParams(n=w.s.K, max_tokens=limit, temperature=w.s.temperature, top_p=w.s.top_p, **stop) for limit in limits]
-        outputs = w.engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        counted["raw"] = sum(len(c.token_ids) for output in outputs for c in output.outputs)
+        params = [SamplingParams(max_tokens=limit, **sampling, **stop) for limit in limits]
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        return [output.outputs for output in engine.llm.generate(inputs, params, use_tqdm=False)]
 
-    speeds = {"ours": [], "raw": []}
+    speeds = {ours: [], raw: []}  # tokens per second
     for _ in range(a.repeats):
-        for name, work in (("ours", ours), ("raw", raw)):
-            w.engine.llm.reset_prefix_cache()
-            took = seconds(work)
-            speeds[name].append(counted[name] / took)
-    ours, raw = (statistics.median(speeds[k]) for k in ("ours", "raw"))
-    return [row("tokens per second, of one LLM.generate", ours / raw, aim=">= 0.95", note=f"{ours:.0f} per second")]
+        for work in speeds:
+            w.forget_prefixes()
+            start = time.perf_counter()
+            tokens = sum(len(c.token_ids) for completions in work() for c in completions)
+            speeds[work].append(tokens / (time.perf_counter() - start))
+    speed, of_raw = (statistics.median(speeds[work]) for work in (ours, raw))
+    note = f"{speed:.0f} per second"
+    return [row("tokens per second, of one LLM.generate", speed / of_raw, aim=">= 0.95", note=note)]
 
 
 def bench_cache(a, folder):
-    """The engine's counters while the values alone are sampled: in two phases, so that they are apart."""
+    """The engine's counters while the values alone are sampled, in a phase of their own."""
     w = Workload(a.model, folder)
     w.iterate(streaming=False)
     before = w.engine.prefix_cache_counts()
-    episodes, vined = w.iterate(streaming=False)
-    (asked, found), (asked_all, found_all) = (
-        [x - y for x, y in zip(w.engine.prefix_cache_counts(), start)] for start in (w.value_cache, before)
-    )
-    total = sum(len(e["states"]) for e in episodes)
+    episodes = w.iterate(streaming=False)
+    after = w.engine.prefix_cache_counts()
+    asked, found = (x - y for x, y in zip(after, w.value_cache))
+    asked_all, found_all = (x - y for x, y in zip(after, before))
+    total = sum(len(e.states) for e in episodes)
+    shared = 1 - len(states_in(episodes)) / total
+    cached, note = "value prompts' tokens that come from the prefix cache", f"{asked:.0f} tokens"
     return [
-        row("value prompts' tokens that come from the prefix cache", found / asked, aim=">= 0.9", note=f"{asked:.0f} tokens"),
+        row(cached, found / asked, aim=">= 0.9", note=note),
         row("of all prompts' tokens", found_all / asked_all),
-        row("states that another response of the group has, too", 1 - len(vined["values"]) / total, note=f"of {total}"),
+        row("states that another response of the group has, too", shared, note=f"of {total}"),
     ]
 
 
 class NoGrader:
+    """Every answer is wrong, at no cost."""
+
     def start(self, texts, golds):
         pass
 
@@ -232,44 +277,56 @@ class NoGrader:
 def bench_grading(a, folder):
     """An iteration whose every rollout ends in a formula to be compared, against one without a grader."""
     w, rng = Workload(a.model, folder), random.Random(0)
-    plain, times = w.engine.text, {True: [], False: []}
+    plain_step, times = w.engine.step, {True: [], False: []}
 
-    def with_formula(ids):
-        return plain(ids) + f" \\boxed{{\\frac{{{rng.randrange(40)}}}{{\\sqrt{{7}}}}}}"  # as many distinct answers as a hard problem has
+    def step_with_formulas():
+        ended = plain_step()
+        for _, completions in ended:
+            for c in completions:  # as many distinct answers as a hard problem has
+                c.text += f" \\boxed{{\\frac{{{rng.randrange(40)}}}{{\\sqrt{{7}}}}}}"
+        return ended
 
-    batch = [(dataclasses.replace(p, answer=f"\\frac{{{i}\\sqrt{{7}}}}{{7}}"), ids) for i, (p, ids) in enumerate(w.batch)]
-    w.engine.text = with_formula
+    w.engine.step = step_with_formulas
+    golds = [f"\\frac{{{i}\\sqrt{{7}}}}{{7}}" for i in range(len(w.problems))]
+    problems = [replace(p, answer=gold) for p, gold in zip(w.problems, golds)]
     for _ in range(2 * a.repeats):
         for graded in (True, False):
             w.grader.cache.clear()
             start = time.perf_counter()
-            tokens = tokens_of(*w.iterate(grader=None if graded else NoGrader(), batch=batch))
+            tokens = tokens_of(w.iterate(grader=None if graded else NoGrader(), problems=problems))
             times[graded].append((time.perf_counter() - start) / tokens)
     ratio = statistics.median(times[True]) / statistics.median(times[False])
     counts = w.grader.counts
-    note = f"{counts['graded']} distinct, {counts['cached']} known pairs; a core is left to the grader"
+    pairs = f"{counts['graded']} distinct, {counts['cached']} known pairs"
+    note = f"{pairs}; a core is left to the grader"
     return [row("rollouts with grading, of without", ratio, aim="<= 1.02", note=note)]
 
 
 def bench_growth(a, folder):
-    """Time and tokens of an iteration's rollouts against K, steps per response and responses; means of repeats that take turns."""
-    w, found = Workload(a.model, folder), {}
-    cases = [(f"K = {k}", dict(K=k)) for k in (1, 3, 9, 18)]
-    if not a.model:
-        cases += [(f"steps of {n} tokens", dict(step_credit=f"tokens:{n}")) for n in (128, 64, 32, 16)]
-    cases += [(f"{n} responses per prompt", dict(responses_per_prompt=n)) for n in (2, 4, 8, 16)]
+    """Time and tokens of an iteration's rollouts against K, steps per response and responses.
+
+    Means of repeats that take turns.
+    """
+    w = Workload(a.model, folder)
+    cases = {f"K = {k}": dict(K=k) for k in (1, 3, 9, 18)}
+    for n in () if a.model else (128, 64, 32, 16):
+        cases[f"steps of {n} tokens"] = dict(step_credit=f"tokens:{n}")
+    for n in (2, 4, 8, 16):
+        cases[f"{n} responses per prompt"] = dict(responses_per_prompt=n)
+    found = {name: [] for name in cases}  # (seconds, tokens, states, engine steps)
     w.iterate()
     for _ in range(a.repeats):
-        for name, changes in cases:
+        for name, changes in cases.items():
             start = time.perf_counter()
-            episodes, vined = w.iterate(**changes)
+            episodes = w.iterate(**changes)
             took = time.perf_counter() - start
-            found.setdefault(name, []).append((took, tokens_of(episodes, vined), len(vined["values"]), w.engine.steps))
-    means = {name: [statistics.mean(column) for column in zip(*measured)] for name, measured in found.items()}
-    return [
-        row(name, took, "s", note=f"{tokens:.0f} tokens, {states:.0f} states, {steps:.0f} engine steps")
-        for name, (took, tokens, states, steps) in means.items()
-    ]
+            found[name].append((took, tokens_of(episodes), len(states_in(episodes)), w.engine.steps))
+    rows = []
+    for name, measured in found.items():
+        took, tokens, states, steps = map(statistics.mean, zip(*measured))
+        note = f"{tokens:.0f} tokens, {states:.0f} states, {steps:.0f} engine steps"
+        rows.append(row(name, took, "s", note=note))
+    return rows
 
 
 def bench_ranks(a, folder):
@@ -281,8 +338,9 @@ def bench_ranks(a, folder):
     for repeat in range(a.repeats):
         for ranks in speeds:
             torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}".split()
-            command = [*torchrun, __file__, "--rank_of", model, str(repeat)]
-            done = subprocess.run([sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            command = [sys.executable, *torchrun, __file__, "--rank_of", model, str(repeat)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr)
             found = json.loads(done.stdout.splitlines()[-1])
@@ -290,24 +348,30 @@ def bench_ranks(a, folder):
             idle += [found["idle"]] if ranks == 2 else []
     one, two = (statistics.median(speeds[n]) for n in (1, 2))
     each = ", ".join(" and ".join(f"{share:.2f}" for share in run) for run in idle)
+    waits = statistics.mean(map(statistics.mean, idle))
+    note = f"{two:.0f} per second"
     return [
-        row("tokens per second of two ranks, of one", two / one, aim=">= 1.7", note=f"{two:.0f} per second"),
-        row("share of the time that a rank waits for the other", statistics.mean(map(statistics.mean, idle)), note=f"each: {each}"),
+        row("tokens per second of two ranks, of one", two / one, aim=">= 1.7", note=note),
+        row("share of the time that a rank waits for the other", waits, note=f"each: {each}"),
     ]
 
 
 def one_rank(model, seed):
-    """A rank of bench_ranks: three iterations of 64 responses per rank, as many as the paper's on 8 GPUs; the last two count."""
+    """A rank of bench_ranks: three iterations, of which the last two count.
+
+    Of 64 responses per rank, as many as the paper's on 8 GPUs.
+    """
     import torch.distributed as dist
 
-    from watch import Watch
+    from rollout import shut_down
+    from support.watch import Watch
 
-    ppo.init_distributed()
+    init_distributed()
     with Watch() as watch:
         with tempfile.TemporaryDirectory() as folder:
             if dist.get_rank() == 0:
                 tiny_model(folder)
-            folders = train.over_ranks([folder])  # rank 0's has the model
+            folders = over_ranks([folder])  # rank 0's has the model
             w = Workload(None if model == "tiny" else model, folders[0], prompts=8)
             w.engine.seed(seed)
             dist.barrier()
@@ -315,126 +379,132 @@ def one_rank(model, seed):
         for i in range(3):
             dist.barrier()
             start = time.perf_counter()
-            episodes, values = w.begin()
+            episodes, vine = w.begin()
             sampled = time.perf_counter()
-            values.spread()
-            spread = time.perf_counter()
-            values.wait()
+            vine.deal()
+            dealt = time.perf_counter()
+            vine.finish()
             ended = time.perf_counter()
-            vined = values.set_advantages(episodes)
+            vine.set_advantages(episodes)
             if i:
-                wall, busy = wall + time.perf_counter() - start, busy + (sampled - start) + (ended - spread)
-                tokens += tokens_of(episodes, vined)
-        ranks = train.over_ranks([(1 - busy / wall, tokens)])
+                wall, busy = wall + time.perf_counter() - start, busy + (sampled - start) + (ended - dealt)
+                tokens += tokens_of(episodes)
+        ranks = over_ranks([(1 - busy / wall, tokens)])
         if dist.get_rank() == 0:
-            print(json.dumps(dict(speed=sum(n for _, n in ranks) / wall, idle=[idle for idle, _ in ranks])))
-        train.shut_down(w.engine, w.grader, watch)
+            speed = sum(n for _, n in ranks) / wall
+            print(json.dumps(dict(speed=speed, idle=[idle for idle, _ in ranks])))
+        shut_down(w.engine, w.grader, watch)
 
 
 def bench_sync(a, folder):
-    """Memory at the peak of giving the engine the trainer's weights, above both models, in layers of the model."""
+    """Memory at the peak of a weight sync above both models, in layers of the model."""
     from torch.distributed.fsdp import FSDPModule
 
     from rollout import Engine
 
-    device = ppo.init_distributed()
-    model = a.model or tiny_model(folder, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    device = init_distributed()
+    wide = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    model = a.model or tiny_model(folder, **wide)
     engine = Engine(model, max_sequence=512, gpu_memory=0.4)
-    trainer = ppo.load_sharded(model, device)
-    engine.load_weights(ppo.full_tensors(trainer))
-    most, _ = peak(lambda: engine.load_weights(ppo.full_tensors(trainer)))
-    size = lambda module: sum(p.numel() * 4 for p in module.parameters())
-    layer, total = max(size(m) for m in trainer.modules() if isinstance(m, FSDPModule) and m is not trainer), size(trainer)
-    return [
-        row(
-            "memory of a weight sync above both models, in layers",
-            most / layer,
-            aim="<= 1",
-            note=f"a layer: {layer / 1e6:.0f} MB of {total / 1e6:.0f}",
-        )
-    ]
+    policy = load_sharded(model, device)
+    engine.load_weights(full_tensors(policy))
+    most, _ = peak(lambda: engine.load_weights(full_tensors(policy)))
+    layers = [m for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
+    layer, total = max(map(_bytes, layers)), _bytes(policy)
+    what = "memory of a weight sync above both models, in layers"
+    note = f"a layer: {layer / 1e6:.0f} MB of {total / 1e6:.0f}"
+    return [row(what, most / layer, aim="<= 1", note=note)]
 
 
-# --- training -----------------------------------------------------------------------------------------------------------------------
+def _bytes(module):
+    return sum(p.numel() * 4 for p in module.parameters())
+
+
+# --- training ---
 
 
 def bench_head(a, folder):
-    """Log-probabilities with a vocabulary of 128k and width 1024: the chunked head against all logits at once; forward and backward."""
+    """Log-probabilities with a vocabulary of 128k and width 1024, forward and backward.
+
+    The chunked head against all logits at once.
+    """
     vocabulary, width, tokens = 128_000, 1024, 4096
-    device = ppo.init_distributed()
+    device = init_distributed()
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocabulary, bias=False, device=device)
-    hidden, targets = torch.randn(1, tokens, width, device=device, requires_grad=True), torch.randint(vocabulary, (tokens,), device=device)
-    m = dict(inputs={}, positions=torch.arange(tokens, device=device), targets=targets)
-    body = lambda **_: SimpleNamespace(last_hidden_state=hidden)
-    model = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head)
-    model.through_head = MethodType(ppo.through_head, model)
+    hidden = torch.randn(tokens, width, device=device, requires_grad=True)
+    targets = torch.randint(vocabulary, (tokens,), device=device)
 
-    def run(logprobs):
+    def clear():
         head.zero_grad()
         hidden.grad = None
-        logprobs().mean().backward()
 
-    chunked = lambda: run(lambda: ppo.token_logprobs(model, m, 0.6))
-    plain = lambda: run(lambda: (head(hidden[0]) / 0.6).log_softmax(-1).gather(1, targets[:, None]))
+    def chunked():
+        clear()
+        ChunkedLogprobs.apply(hidden, head.weight, None, targets, 0.6).mean().backward()
+
+    def plain():
+        clear()
+        (head(hidden) / 0.6).log_softmax(-1).gather(1, targets[:, None]).mean().backward()
+
     grads = []
     for work in (chunked, plain):
         work()
         grads.append((head.weight.grad.clone(), hidden.grad.clone()))
     difference = max(((x - y).norm() / y.norm()).item() for x, y in zip(*grads))
     del grads
-    head.zero_grad()
-    (most, _), (most_plain, _) = peak(chunked), (head.zero_grad(), peak(plain))[1]
+    memory = []
+    for work in (chunked, plain):
+        head.zero_grad()
+        memory.append(peak(work)[0])
+    most, most_plain = memory
     time_chunked, time_plain = take_turns([chunked, plain], a.repeats)
+    note = f"{most / 1e9:.1f} of {most_plain / 1e9:.1f} GB"
     return [
-        row(
-            "head's memory, of all logits at once", most / most_plain, aim="<= 0.25", note=f"{most / 1e9:.1f} of {most_plain / 1e9:.1f} GB"
-        ),
+        row("head's memory, of all logits at once", most / most_plain, aim="<= 0.25", note=note),
         row("head's time, of all logits at once", time_chunked / time_plain, aim="<= 1.15"),
         row("largest relative difference of a gradient", difference, aim="~ 1e-6"),
     ]
 
 
 def bench_update(a, folder):
-    """The trainer's update against a padded one that keeps all logits (naive.py), on 32 responses of skewed lengths; head of a real size."""
+    """The trainer's update against a padded one that keeps all logits (naive.py).
+
+    On 32 responses of skewed lengths; the head has a real size.
+    """
     from experiments import naive
 
-    device = ppo.init_distributed()
-    model = a.model or tiny_model(folder, vocab_size=16_000, hidden_size=192, intermediate_size=576)
-    rng, limit = random.Random(0), 512
-    lengths = [min(limit, 1 + int(rng.expovariate(1 / 128))) for _ in range(32)]
-    ids = lambda n: [rng.randrange(2, 16_000) for _ in range(n)]
-    episodes = [dict(prompt_ids=ids(rng.randrange(50, 120)), response_ids=ids(n), advantages=[rng.gauss(0, 1)] * n) for n in lengths]
-    real = sum(len(e["prompt_ids"]) + n for e, n in zip(episodes, lengths))
+    device = init_distributed()
+    sizes = dict(vocab_size=16_000, hidden_size=192, intermediate_size=576)
+    model = a.model or tiny_model(folder, **sizes)
+    rng, limit, episodes = random.Random(0), 512, []
+    for n in [min(limit, 1 + int(rng.expovariate(1 / 128))) for _ in range(32)]:
+        prompt = [rng.randrange(2, 16_000) for _ in range(rng.randrange(50, 120))]
+        response = [rng.randrange(2, 16_000) for _ in range(n)]
+        episodes.append(Episode(prompt, response_ids=response, advantages=[rng.gauss(0, 1)] * n))
     parts = [episodes[i : i + 8] for i in range(0, 32, 8)]
-    padded = sum(8 * max(len(e["prompt_ids"] + e["response_ids"]) for e in part) for part in parts)
+    real, padded = sum(map(len, episodes)), sum(8 * max(map(len, part)) for part in parts)
     options = dict(learning_rate=1e-6, minibatch=16)
 
     def ours():
-        trainer = ppo.Trainer(model, device, total_steps=4, micro_batch_tokens=4096, **options)
+        trainer = Trainer(model, device, total_steps=4, micro_batch_tokens=4096, loading=KEPT, **options)
         return trainer, trainer.update(episodes)
 
     def plain():
-        trainer = naive.Trainer(model, device, micro_batch=8, dtype=ppo.compute_dtype(device), **options)
+        trainer = naive.Trainer(model, device, micro_batch=8, dtype=compute_dtype(device), **options)
         return trainer, trainer.update(episodes)
 
     most, (trainer, _) = peak(ours)
     most_plain, (plain_trainer, _) = peak(plain)
-    works = [lambda: trainer.update(episodes), lambda: plain_trainer.update(episodes)]
+    works = [partial(x.update, episodes) for x in (trainer, plain_trainer)]
     time_ours, time_plain = take_turns(works, a.repeats)
+    note = f"{most / 1e9:.2f} of {most_plain / 1e9:.2f} GB, models included"
+    ratio, took = time_ours / time_plain, f"{time_ours:.1f} s"
+    nothing = f"nothing is padded; in rows padded to the longest of 8: {real / padded:.2f}"
     return [
-        row(
-            "update's memory, of the padded one with all logits",
-            most / most_plain,
-            note=f"{most / 1e9:.2f} of {most_plain / 1e9:.2f} GB, models included",
-        ),
-        row("update's time, of the padded one with all logits", time_ours / time_plain, note=f"{time_ours:.1f} s"),
-        row(
-            "tokens computed that are real",
-            1.0,
-            aim=">= 0.9",
-            note=f"nothing is padded; in rows padded to the longest of 8: {real / padded:.2f}",
-        ),
+        row("update's memory, of the padded one with all logits", most / most_plain, note=note),
+        row("update's time, of the padded one with all logits", ratio, note=took),
+        row("tokens computed that are real", 1.0, aim=">= 0.9", note=nothing),
     ]
 
 
@@ -443,50 +513,78 @@ def bench_iteration(a, folder):
     from experiments import naive
 
     w = Workload(a.model, folder, minibatch=32)
-    options = dict(learning_rate=1e-6, minibatch=32)
-    trainer = ppo.Trainer(w.model, w.device, total_steps=100, micro_batch_tokens=w.s.micro_batch_tokens, **options)
-    plain_trainer = naive.Trainer(w.model, w.device, micro_batch=8, dtype=ppo.compute_dtype(w.device), **options)
-    counted = {"ours": [], "naive": []}
+    options, size = dict(learning_rate=1e-6, minibatch=32), w.s.micro_batch_tokens
+    trainer = Trainer(w.model, w.device, total_steps=100, micro_batch_tokens=size, loading=KEPT, **options)
+    dtype = compute_dtype(w.device)
+    plain_trainer = naive.Trainer(w.model, w.device, micro_batch=8, dtype=dtype, **options)
+    tokens, tokens_plain = [], []
 
     def ours():
-        episodes, vined = w.iterate()
+        episodes = w.iterate()
         trainer.update(episodes)
-        counted["ours"].append(tokens_of(episodes, vined))
+        tokens.append(tokens_of(episodes))
 
     def plain():
-        w.engine.llm.reset_prefix_cache()
-        episodes, tokens = naive.rollouts(w.engine, w.grader, w.batch, w.s)
+        w.forget_prefixes()
+        episodes, sampled = naive.rollouts(w.engine, w.grader, w.problems, w.s)
         plain_trainer.update(episodes)
-        counted["naive"].append(tokens)
+        tokens_plain.append(sampled)
 
-    ours(), plain()
-    memory = [peak(work)[0] for work in (ours, plain)]
+    ours()
+    plain()
+    most, most_plain = (peak(work)[0] for work in (ours, plain))
     time_ours, time_plain = take_turns([ours, plain], a.repeats)
-    ours, plain = (statistics.median(counted[k]) for k in ("ours", "naive"))
+    count = statistics.median(tokens)
+    ratio, equal = count / statistics.median(tokens_plain), f"{count:.0f}: equal states once"
+    took = f"{time_ours:.1f} of {time_plain:.1f} s"
+    note = f"{most / 1e6:.0f} of {most_plain / 1e6:.0f} MB above models and engine"
     return [
-        row("whole iteration's time, of a plain one", time_ours / time_plain, note=f"{time_ours:.1f} of {time_plain:.1f} s"),
-        row("its sampled tokens, of a plain one", ours / plain, note=f"{ours:.0f}: equal states once"),
-        row(
-            "its memory at the peak, of a plain one",
-            memory[0] / memory[1],
-            note=f"{memory[0] / 1e6:.0f} of {memory[1] / 1e6:.0f} MB above models and engine",
-        ),
+        row("whole iteration's time, of a plain one", time_ours / time_plain, note=took),
+        row("its sampled tokens, of a plain one", ratio, note=equal),
+        row("its memory at the peak, of a plain one", most / most_plain, note=note),
     ]
 
 
-# --- the program --------------------------------------------------------------------------------------------------------------------
+# --- the program ---
 
-PARTS = {name.removeprefix("bench_"): work for name, work in list(globals().items()) if name.startswith("bench_")}
+PARTS = {
+    "stream": bench_stream,
+    "generate": bench_generate,
+    "cache": bench_cache,
+    "grading": bench_grading,
+    "growth": bench_growth,
+    "ranks": bench_ranks,
+    "sync": bench_sync,
+    "head": bench_head,
+    "update": bench_update,
+    "iteration": bench_iteration,
+}
+
+
+def measure(name, a):
+    """The rows of a part, from a process of its own."""
+    model = ["--model", a.model] if a.model else []
+    command = [sys.executable, __file__, "--part", name, "--repeats", str(a.repeats), *model]
+    environment = dict(os.environ)
+    if name == "grading":  # one core is left to the grader's worker; beside a GPU all of them are
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) - 1))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"bench.py: {name} failed\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--model", help="Hugging Face folder or hub name; default: a tiny random one, made anew")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each of two things that take turns")
-    parser.add_argument("--out", type=Path, help="default: experiments/results/bench-DEVICE.json; parts that are not run stay in it")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # this process is the one of that part
-    parser.add_argument("--rank_of", nargs=2, help=argparse.SUPPRESS)  # this process is a rank of bench_ranks: model, seed
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add, parts = parser.add_argument, f"of {', '.join(PARTS)}"
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=parts)
+    add("--model", help="Hugging Face folder or hub name; default: a tiny random one, made anew")
+    add("--repeats", type=int, default=3, help="measurements of each of two things that take turns")
+    out = "default: experiments/results/bench-DEVICE.json; parts that are not run stay in it"
+    add("--out", type=Path, help=out)
+    add("--part", choices=PARTS, help=argparse.SUPPRESS)  # this process is the one of that part
+    add("--rank_of", nargs=2, help=argparse.SUPPRESS)  # this process is a rank of bench_ranks: model, seed
     a = parser.parse_args()
     if a.repeats < 2:
         sys.exit("bench.py: --repeats must be at least 2: a ratio of single measurements says little")
@@ -501,15 +599,8 @@ def main():
     out = a.out or RESULTS / f"bench-{'gpu' if ON_GPU else 'cpu'}.json"
     found = json.loads(out.read_text()) if out.exists() else {}
     for name in a.only:
-        print(f"\n{name}: {PARTS[name].__doc__}", flush=True)
-        model = ["--model", a.model] if a.model else []
-        command = [sys.executable, __file__, "--part", name, "--repeats", str(a.repeats), *model]
-        # one core is left to the grader's worker; beside a GPU all of them are
-        spare = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1))} if name == "grading" else {}
-        done = subprocess.run(command, env=os.environ | spare, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"bench.py: {name} failed\n{done.stderr}")
-        rows = json.loads(done.stdout.splitlines()[-1])
+        print(f"\n{name}: {' '.join(PARTS[name].__doc__.split())}", flush=True)
+        rows = measure(name, a)
         for r in rows:
             print(f"  {r['what']:58}{r['value']:10.3g} {r['unit']:3}{r['aim']:8}  {r['note']}", flush=True)
         found[name] = dict(device=device, model=a.model or "tiny", repeats=a.repeats, rows=rows)

@@ -1,7 +1,7 @@
-"""Draw runs' curves over their iterations: accuracy, reward, KL, entropy, lengths, and where the time went.
+"""Draw the curves of runs: accuracy, reward, KL, entropy, lengths, and where the time went.
 
-    python experiments/plot.py runs/demo                           # writes runs/demo/curves.png
-    python experiments/plot.py runs/a runs/b --out both.png        # overlaid, labelled by what differs in their settings
+    python experiments/plot.py runs/demo                       # writes runs/demo/curves.png
+    python experiments/plot.py runs/a runs/b --out both.png    # overlaid, labelled by what differs
 
 It reads what train.py wrote: settings.json and metrics.jsonl.
 """
@@ -9,6 +9,7 @@ It reads what train.py wrote: settings.json and metrics.jsonl.
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -16,90 +17,133 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]  # Okabe and Ito: told apart by the colour-blind
+# Okabe and Ito's: the colour-blind can tell them apart
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 LINES = ["-", "--", ":", "-."]
 NOT_A_DIFFERENCE = ("run_dir", "resume", "report_to")
+PHASES = {"sample": 0.25, "values": 0.5, "train": 0.75, "sync": 1.0}  # and their shade
 
 
-def read(run):
+@dataclass
+class Run:
+    """A run folder: its settings and the lines of its metrics.jsonl, and how it is drawn."""
+
+    settings: dict
+    lines: list[dict]
+    label: str = ""
+    style: dict | None = None
+
+    @property
+    def trained(self):
+        """The lines of the iterations."""
+        return [line for line in self.lines if line["iteration"] > 0]
+
+    def smooth(self, values):
+        """The mean of each value and those before it, over a twentieth of the run."""
+        window = max(1, len(self.trained) // 20)
+        windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+        return [sum(w) / len(w) for w in windows]
+
+    def responses(self):
+        """Responses sampled in an iteration, or in a round of a baseline."""
+        s = self.settings
+        problems = s.get("prompts_per_iteration") or s.get("problems_per_round") or 1
+        return problems * s.get("responses_per_prompt", 1)
+
+
+def read(folder):
     try:
+        text = (folder / "metrics.jsonl").read_text()
         lines = [
-            json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")
+            json.loads(line) for line in text.splitlines() if line.endswith("}")
         ]  # the last may be cut short
-        return json.loads((run / "settings.json").read_text()), lines
+        return Run(json.loads((folder / "settings.json").read_text()), lines)
     except (OSError, ValueError) as error:
-        sys.exit(f"plot.py: {run} is no run folder of train.py (settings.json, metrics.jsonl): {error}")
+        sys.exit(f"plot.py: {folder} is no run folder of train.py (settings.json, metrics.jsonl): {error}")
 
 
 def labels(settings):
-    """What differs in the runs' settings, as a label for each; the folder's name for runs that do not differ."""
+    """What differs in the runs' settings, as a label for each; the folder's name if nothing does."""
     names = sorted({name for s in settings for name in s if name not in NOT_A_DIFFERENCE})
     different = [name for name in names if len({json.dumps(s.get(name)) for s in settings}) > 1]
-    return [", ".join(f"{name} {s[name]}" for name in different if s.get(name) is not None) or Path(s["run_dir"]).name for s in settings]
+    found = []
+    for s in settings:
+        words = ", ".join(f"{name} {s[name]}" for name in different if s.get(name) is not None)
+        found.append(words or Path(s["run_dir"]).name)
+    return found
 
 
-def smooth(values, window):
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / len(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+def curve(axis, run, name, scale=1.0, marker=None):
+    """One metric of a run, smoothed unless its points have a marker."""
+    points = [(line["iteration"], line[name] * scale) for line in run.lines if name in line]
+    if points:
+        x, y = zip(*points)
+        y = y if marker else run.smooth(y)
+        axis.plot(x, y, marker=marker, markersize=4, label=run.label, **run.style)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
-    parser.add_argument("--out", type=Path, help="the picture; default curves.png in the first folder")
-    arguments = parser.parse_args()
-    runs = [read(run) for run in arguments.runs]
-    texts = labels([settings for settings, _ in runs])
+def time_of_phases(axis, run, alone):
+    """Seconds of an iteration: by phase if the run is alone in the picture, else their sum."""
+    iterations, below = [line["iteration"] for line in run.trained], [0.0] * len(run.trained)
+    for phase, shade in PHASES.items():
+        spent = run.smooth([line.get(f"seconds_{phase}", 0.0) for line in run.trained])
+        above = [a + b for a, b in zip(below, spent)]
+        if alone:
+            fill = dict(label=phase, color=run.style["color"], alpha=shade)
+            axis.fill_between(iterations, below, above, **fill)
+        below = above
+    if not alone:
+        axis.plot(iterations, below, label=run.label, **run.style)
+
+
+def picture(runs):
+    """The figure with the curves of the Runs."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     accuracy, reward, kl, entropy, length, seconds = axes.flat
-    for number, ((settings, lines), text) in enumerate(zip(runs, texts)):
-        style = dict(color=COLOURS[number % len(COLOURS)], linestyle=LINES[number // len(COLOURS) % len(LINES)])
-        trained = [line for line in lines if line["iteration"] > 0]
-        window = max(1, len(trained) // 20)
-
-        def curve(axis, name, scale=1.0, marker=None, text=text, style=style, window=window, lines=lines):
-            points = [(line["iteration"], line[name] * scale) for line in lines if name in line]
-            if points:
-                x, y = zip(*points)
-                axis.plot(x, y if marker else smooth(y, window), marker=marker, markersize=4, label=text, **style)
-
-        curve(accuracy, "accuracy", marker="o")
-        curve(reward, "reward")
-        curve(kl, "kl")
-        curve(entropy, "entropy")
-        responses = (settings.get("prompts_per_iteration") or settings.get("problems_per_round") or 1) * settings.get(
-            "responses_per_prompt", 1
-        )
-        curve(length, "tokens_sample", 1 / responses)
-        below = [0.0] * len(trained)
-        for phase, shade in (("sample", 0.25), ("values", 0.5), ("train", 0.75), ("sync", 1.0)):
-            spent = smooth([line.get(f"seconds_{phase}", 0.0) for line in trained], window)
-            above = [a + b for a, b in zip(below, spent)]
-            if len(runs) == 1:
-                seconds.fill_between([line["iteration"] for line in trained], below, above, label=phase, color=style["color"], alpha=shade)
-            below = above
-        if len(runs) > 1:
-            seconds.plot([line["iteration"] for line in trained], below, label=text, **style)
+    alone = len(runs) == 1
+    for run in runs:
+        curve(accuracy, run, "accuracy", marker="o")
+        curve(reward, run, "reward")
+        curve(kl, run, "kl")
+        curve(entropy, run, "entropy")
+        curve(length, run, "tokens_sample", 1 / run.responses())
+        time_of_phases(seconds, run, alone)
     panels = {
         accuracy: "held-out accuracy",
         reward: "training reward",
         kl: "KL to the initial policy, nats per response",
         entropy: "entropy, nats per token",
         length: "tokens per response",
-        seconds: "seconds per iteration" + (", by phase" if len(runs) == 1 else ", all phases"),
+        seconds: "seconds per iteration" + (", by phase" if alone else ", all phases"),
     }
     for axis, title in panels.items():
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)
     seconds.set_ylim(bottom=0)
-    if len(runs) == 1:
+    if alone:
+        s = runs[0].settings
         seconds.legend(loc="lower right")
-        figure.suptitle(f"{runs[0][0].get('algorithm', '')} on {Path(runs[0][0]['dataset']).name}")
+        figure.suptitle(f"{s.get('algorithm', '')} on {Path(s['dataset']).name}")
     else:
-        figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    out = arguments.out or arguments.runs[0] / "curves.png"
-    figure.savefig(out, dpi=110)
-    print(f"wrote {out}" + "".join(f"\n  {run}: {text}" for run, text in zip(arguments.runs, texts)))
+        legend = dict(loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*seconds.get_legend_handles_labels(), **legend)
+    return figure
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
+    parser.add_argument("--out", type=Path, help="the picture; default curves.png in the first folder")
+    a = parser.parse_args()
+    runs = [read(folder) for folder in a.runs]
+    for i, (run, label) in enumerate(zip(runs, labels([run.settings for run in runs]))):
+        line = LINES[i // len(COLOURS) % len(LINES)]
+        run.label, run.style = label, dict(color=COLOURS[i % len(COLOURS)], linestyle=line)
+    out = a.out or a.runs[0] / "curves.png"
+    picture(runs).savefig(out, dpi=110)
+    print(f"wrote {out}" + "".join(f"\n  {folder}: {run.label}" for folder, run in zip(a.runs, runs)))
 
 
 if __name__ == "__main__":

@@ -1,127 +1,105 @@
-"""Look into a run: the solutions of an iteration, each step shaded by its advantage, with the values and the rollouts they come from.
+"""Look into a run: the solutions of an iteration, with each step's advantage, value and rollouts.
 
-    python experiments/show.py runs/demo                      # writes runs/demo/show.html, one file to open in a browser, of the last stored iteration
+    python experiments/show.py runs/demo               # the last stored one, in runs/demo/show.html
     python experiments/show.py runs/demo --iteration 20 --out page.html
-    python experiments/show.py runs/demo --text [N]           # solution N (default 0) in the terminal
+    python experiments/show.py runs/demo --text [N]    # prints solution N (default 0)
 
-train.py stores what this reads, every --store_every iterations, in RUN/episodes: record and write make it. PPO's values are its network's, GRPO and
-RLOO have none; their advantages are shown per step too. The model's text is not trusted: the page sets it as text, never as HTML.
+It shows what train.py stores in RUN/episodes every --store_every iterations (Episode.as_dict).
+PPO's values are those of its value network; GRPO and RLOO have none; the advantages are shown per
+step in any case. The model's text is not trusted: the page sets it as text, never as HTML.
 """
 
 import argparse
-import gzip
 import json
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import vine
 
-SHOWN = 2  # right and wrong rollouts of a state that are stored, each
+from support.run_folder import read_solutions
 
-
-# --- the file of an iteration -------------------------------------------------------------------------------------------------------
+# --- in the terminal ---
 
 
-def record(episodes, rollouts, decode):
-    """This rank's responses as dicts to store: prompt, answer, reward, finished, and steps.
-
-    A step is text, advantage and value (of the state before it; None where the algorithm has none). With VinePPO's rollouts (dicts of text, reward
-    and the number of their state; None for other algorithms) it has also how many of its K were right, and the continuations of a few.
-    """
-    of_state = {}
-    for rollout in rollouts or ():
-        of_state.setdefault(rollout["state"], []).append(rollout)
-    lines = []
-    for e in episodes:
-        starts = vine.token_starts(e["response_ids"], decode)
-        cuts = e.get("boundaries") or vine.token_boundaries(vine.split_steps(e["text"]), starts)
-        steps = []
-        for number, (a, b) in enumerate(zip(cuts, cuts[1:])):
-            text = e["text"][starts[a] : starts[b] if b < len(starts) else None]
-            step = dict(text=text, advantage=statistics.mean(e["advantages"][a:b]), value=None)
-            if rollouts is not None:
-                found = of_state.get(e["states"][number], [])
-                few = [r for reward in (1.0, 0.0) for r in [r for r in found if r["reward"] == reward][:SHOWN]]
-                step |= dict(value=e["values"][number], right=sum(r["reward"] == 1.0 for r in found), K=len(found))
-                step["rollouts"] = [(r["reward"], r["text"][starts[a] :]) for r in few]
-            elif "values" in e:
-                step["value"] = e["values"][a]
-            steps.append(step)
-        lines.append({k: e[k] for k in ("prompt", "answer", "reward", "finished")} | dict(steps=steps))
-    return lines
+def printable(text):
+    """On one line, and without control characters, which could do things to a terminal."""
+    text = text.strip().replace("\n", " ⏎ ")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def write(path, lines):
-    """Write the dicts of all ranks as a .jsonl.gz file, beside first and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".unfinished")
-    with gzip.open(draft, "wt", encoding="utf-8") as f:
-        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    draft.rename(path)
-
-
-def read(path):
-    with gzip.open(path, "rt", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
-
-# --- in the terminal ----------------------------------------------------------------------------------------------------------------
+def number(value):
+    return "   . " if value is None else f"{value:5.2f}"
 
 
 def as_text(solution):
     """The steps of one solution in a table: value before, value after, advantage, text."""
-
-    def printable(text):  # control characters could do things to a terminal
-        return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text.strip().replace("\n", " ⏎ "))
-
-    number = lambda x: "   . " if x is None else f"{x:5.2f}"  # noqa: E731
+    steps = solution["steps"]
     rows = [printable(solution["prompt"]), "", "step  before  after  advantage"]
-    after = [step["value"] for step in solution["steps"][1:]] + [solution["reward"]]
-    for i, (step, v) in enumerate(zip(solution["steps"], after)):
-        if step["value"] is None:
-            v = None
-        rows.append(f"{i:4}   {number(step['value'])}  {number(v)}      {step['advantage']:+.2f}  {printable(step['text'])}")
-    rows.append(
-        f"reward {solution['reward']:g}, the answer is {printable(solution['answer'])}" + ("" if solution["finished"] else "; unfinished")
-    )
+    afterwards = [step["value"] for step in steps[1:]] + [solution["reward"]]
+    for i, (step, after) in enumerate(zip(steps, afterwards)):
+        before = step["value"]
+        values = f"{number(before)}  {number(None if before is None else after)}"
+        rows.append(f"{i:4}   {values}      {step['advantage']:+.2f}  {printable(step['text'])}")
+    unfinished = "" if solution["finished"] else "; unfinished"
+    rows.append(f"reward {solution['reward']:g}, the answer is {printable(solution['answer'])}{unfinished}")
     return "\n".join(rows)
 
 
-# --- as a page ----------------------------------------------------------------------------------------------------------------------
+# --- as a page ---
 
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title></title>
 <style>
-:root { color-scheme: light dark; --page: #fff; --text: #1b1b1b; --soft: #666; --line: #ccc; --card: #f7f7f7; --up: 0 114 178; --down: 213 94 0; }
+:root { color-scheme: light dark; --page: #fff; --text: #1b1b1b; --soft: #666; --line: #ccc;
+  --card: #f7f7f7; --up: 0 114 178; --down: 213 94 0; }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #16181c; --text: #e8e8e8; --soft: #a5a5a5; --line: #444; --card: #1f2227; --up: 86 180 233; --down: 240 130 50; } }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
+  :root { --page: #16181c; --text: #e8e8e8; --soft: #a5a5a5; --line: #444; --card: #1f2227;
+  --up: 86 180 233; --down: 240 130 50; } }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.2rem; margin: 0 0 .5rem; }
-.bar { position: sticky; top: 0; background: var(--page); border-bottom: 1px solid var(--line); padding: .5rem 0; z-index: 1; display: flex; gap: 1rem; flex-wrap: wrap; align-items: center; }
+.bar { position: sticky; top: 0; background: var(--page); border-bottom: 1px solid var(--line);
+  padding: .5rem 0; z-index: 1; display: flex; gap: 1rem; flex-wrap: wrap; align-items: center; }
 .legend span { padding: .1rem .4rem; border-radius: .2rem; }
-select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .3rem; }
-article { border: 1px solid var(--line); border-radius: .4rem; margin: 1rem 0; padding: .7rem 1rem; content-visibility: auto; contain-intrinsic-size: auto 12rem; }
-.prompt { color: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .6rem; }
-.solution { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: 14px; line-height: 1.7; }
+select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: .3rem; }
+article { border: 1px solid var(--line); border-radius: .4rem; margin: 1rem 0; padding: .7rem 1rem;
+  content-visibility: auto; contain-intrinsic-size: auto 12rem; }
+.prompt { color: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .6rem;
+  }
+.solution { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace;
+  font-size: 14px; line-height: 1.7; }
 .step, .value, .prompt, #tip pre { unicode-bidi: isolate; }
-.step { border-radius: .2rem; cursor: help; box-shadow: inset 2px 0 var(--line); padding-left: 3px; }
+.step { border-radius: .2rem; cursor: help; box-shadow: inset 2px 0 var(--line); padding-left: 3px;
+  }
 .step:hover, .step:focus { outline: 2px solid var(--soft); }
 .step.worst { text-decoration: underline wavy rgb(var(--down)); text-underline-offset: 4px; }
 .value { font: 11px system-ui; color: var(--soft); margin: 0 .35em; user-select: none; }
-#tip { position: fixed; max-width: min(38rem, 90vw); overflow: auto; background: var(--card); border: 1px solid var(--soft); box-sizing: border-box; border-radius: .4rem; padding: .6rem .8rem; z-index: 2; font-size: 13px; box-shadow: 0 3px 12px rgb(0 0 0 / .3); }
-#tip pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; padding-left: .5rem; border-left: 3px solid; }
-.right { border-color: rgb(var(--up)) !important; } .wrong { border-color: rgb(var(--down)) !important; }
+#tip { position: fixed; max-width: min(38rem, 90vw); overflow: auto; background: var(--card);
+  border: 1px solid var(--soft); box-sizing: border-box; border-radius: .4rem; padding: .6rem .8rem;
+  z-index: 2; font-size: 13px; box-shadow: 0 3px 12px rgb(0 0 0 / .3); }
+#tip pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; padding-left: .5rem;
+  border-left: 3px solid; }
+.right { border-color: rgb(var(--up)) !important;
+  } .wrong { border-color: rgb(var(--down)) !important; }
 </style></head><body>
 <h1></h1>
 <div class="bar">
- <label>Solutions <select id="which"><option value="all">all</option><option value="1">right</option><option value="0">wrong</option></select></label>
- <label>Order <select id="order"><option value="file">as sampled</option><option value="drop">largest drop first (lowest advantage)</option><option value="rise">largest rise first</option></select></label>
+ <label>Solutions <select id="which">
+  <option value="all">all</option><option value="1">right</option><option value="0">wrong</option>
+ </select></label>
+ <label>Order <select id="order">
+  <option value="file">as sampled</option>
+  <option value="drop">largest drop first (lowest advantage)</option>
+  <option value="rise">largest rise first</option>
+ </select></label>
  <span id="count"></span>
- <span class="legend"><span style="background:rgb(var(--down)/.45)">negative advantage</span> <span style="background:rgb(var(--up)/.45)">positive</span>; underlined: the lowest of a solution. Hover over a step, or tab to it.</span>
+ <span class="legend"><span style="background:rgb(var(--down)/.45)">negative advantage</span>
+  <span style="background:rgb(var(--up)/.45)">positive</span>;
+  underlined: the lowest of a solution. Hover over a step, or tab to it.</span>
 </div>
 <main></main><p id="more"></p><div id="tip" hidden></div>
 <script id="data" type="application/json">DATA</script>
@@ -130,28 +108,39 @@ article { border: 1px solid var(--line); border-radius: .4rem; margin: 1rem 0; p
 const {title, solutions} = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id), main = document.querySelector("main"), tip = $("tip");
 document.title = title; document.querySelector("h1").textContent = title;
-const make = (tag, cls, text) => { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e; };
+function make(tag, cls, text) {
+  const e = document.createElement(tag);
+  if (cls) e.className = cls;
+  if (text !== undefined) e.textContent = text;
+  return e;
+}
 const fixed = x => x === null ? "?" : x.toFixed(2);
+const verdict = reward => reward ? "\u2713 right" : "\u2717 wrong";
 const signed = x => (x < 0 ? "\u2212" : "+") + Math.abs(x).toFixed(2);
-const largest = solutions.reduce((m, s) => s.steps.reduce((m, t) => Math.max(m, Math.abs(t.advantage)), m), 1e-9);
-const lowest = s => s.steps.reduce((m, t) => Math.min(m, t.advantage), 0), highest = s => s.steps.reduce((m, t) => Math.max(m, t.advantage), 0);
+const lowest = s => s.steps.reduce((m, t) => Math.min(m, t.advantage), 0);
+const highest = s => s.steps.reduce((m, t) => Math.max(m, t.advantage), 0);
+const largest = solutions.reduce((m, s) => Math.max(m, highest(s), -lowest(s)), 1e-9);
 function spread(step) {
   if (step.K === undefined || !step.K) return "";
-  return ` \u00b1 ${Math.sqrt(step.value * (1 - step.value) / step.K).toFixed(2)} (${step.right} of ${step.K} rollouts right)`;
+  const error = Math.sqrt(step.value * (1 - step.value) / step.K);
+  return ` \u00b1 ${error.toFixed(2)} (${step.right} of ${step.K} rollouts right)`;
 }
 function show(event) {
   const {step, after} = event.currentTarget.shown;
   tip.replaceChildren();
   if (step.value !== null) {
     tip.append(make("div", "", `value before ${fixed(step.value)}${spread(step)}`));
-    tip.append(make("div", "", after.step ? `value after ${fixed(after.step.value)}${spread(after.step)}` : `reward ${after.reward}`));
+    const value = after.step && `value after ${fixed(after.step.value)}${spread(after.step)}`;
+    tip.append(make("div", "", value || `reward ${after.reward}`));
   }
   tip.append(make("div", "", `advantage ${signed(step.advantage)}`));
   for (const [reward, text] of step.rollouts || []) {
-    tip.append(make("pre", reward ? "right" : "wrong", (reward ? "\u2713 right" : "\u2717 wrong") + ", from before this step:\n" + text.trim()));
+    const rollout = verdict(reward) + ", from before this step:\n" + text.trim();
+    tip.append(make("pre", reward ? "right" : "wrong", rollout));
   }
   tip.hidden = false;
-  const box = event.currentTarget.getClientRects()[0], below = innerHeight - box.bottom - 12, above = box.top - 12;
+  const box = event.currentTarget.getClientRects()[0];
+  const below = innerHeight - box.bottom - 12, above = box.top - 12;
   tip.style.maxHeight = "none";
   const size = tip.getBoundingClientRect(), under = size.height < below || below > above;
   tip.style.maxHeight = (under ? below : above) + "px";
@@ -165,19 +154,27 @@ tip.onmouseenter = () => clearTimeout(leaving); tip.onmouseleave = hide;
 document.addEventListener("keydown", e => { if (e.key === "Escape") tip.hidden = true; });
 function card(s) {
   const article = make("article"), worst = lowest(s), solution = make("div", "solution");
-  article.append(make("strong", "", (s.reward ? "\u2713 right" : "\u2717 wrong") + (s.finished ? "" : ", unfinished")), make("span", "value", `the answer is ${s.answer}`));
+  article.append(make("strong", "", verdict(s.reward) + (s.finished ? "" : ", unfinished")));
+  article.append(make("span", "value", `the answer is ${s.answer}`));
   article.append(make("div", "prompt", s.prompt.trim()), solution);
   s.steps.forEach((step, i) => {
-    const lead = step.text.match(/^\s*/)[0], span = make("span", "step", step.text.slice(lead.length));
-    if (step.value !== null) { solution.append(lead, make("span", "value", fixed(step.value))); } else solution.append(lead);
-    span.style.background = `rgb(var(${step.advantage < 0 ? "--down" : "--up"}) / ${(0.6 * Math.abs(step.advantage) / largest).toFixed(3)})`;
+    const lead = step.text.match(/^\s*/)[0];
+    const span = make("span", "step", step.text.slice(lead.length));
+    solution.append(lead);
+    if (step.value !== null) solution.append(make("span", "value", fixed(step.value)));
+    const colour = step.advantage < 0 ? "--down" : "--up";
+    const strength = (0.6 * Math.abs(step.advantage) / largest).toFixed(3);
+    span.style.background = `rgb(var(${colour}) / ${strength})`;
     if (worst < 0 && step.advantage === worst && step.value !== null) span.classList.add("worst");
     span.tabIndex = 0;
     span.shown = {step, after: {step: s.steps[i + 1], reward: s.reward}};
-    span.onmouseenter = e => { clearTimeout(leaving); show(e); }; span.onfocus = show; span.onmouseleave = span.onblur = hide;
+    span.onmouseenter = e => { clearTimeout(leaving); show(e); };
+    span.onfocus = show;
+    span.onmouseleave = span.onblur = hide;
     solution.append(span);
   });
-  if (s.steps.some(t => t.value !== null)) solution.append(make("span", "value", `reward ${s.reward}`));
+  const valued = s.steps.some(t => t.value !== null);
+  if (valued) solution.append(make("span", "value", `reward ${s.reward}`));
   return article;
 }
 let chosen = [], drawn = 0;
@@ -187,14 +184,16 @@ function more() {
   $("more").textContent = drawn < chosen.length ? "more below" : "";
 }
 function choose() {
-  chosen = solutions.filter(s => $("which").value === "all" || String(+s.reward) === $("which").value);
+  const which = $("which").value;
+  chosen = solutions.filter(s => which === "all" || String(+s.reward) === which);
   if ($("order").value === "drop") chosen.sort((a, b) => lowest(a) - lowest(b));
   if ($("order").value === "rise") chosen.sort((a, b) => highest(b) - highest(a));
   $("count").textContent = `${chosen.length} of ${solutions.length}`;
   main.replaceChildren(); drawn = 0; more(); scrollTo(0, 0);
 }
 $("which").onchange = $("order").onchange = choose;
-new IntersectionObserver(seen => { if (seen[0].isIntersecting && drawn < chosen.length) more(); }, {rootMargin: "800px"}).observe($("more"));
+function scrolled(seen) { if (seen[0].isIntersecting && drawn < chosen.length) more(); }
+new IntersectionObserver(scrolled, {rootMargin: "800px"}).observe($("more"));
 choose();
 </script></body></html>
 """
@@ -209,26 +208,30 @@ def as_page(title, solutions):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("run", type=Path, help="a folder that train.py wrote")
     parser.add_argument("--iteration", type=int, help="which stored iteration; default: the last")
     parser.add_argument("--out", type=Path, help="the page; default RUN/show.html")
-    parser.add_argument("--text", type=int, nargs="?", const=0, metavar="N", help="print solution N (default 0) instead")
-    arguments = parser.parse_args()
-    files = {int(path.name.split(".")[0]): path for path in (arguments.run / "episodes").glob("*.jsonl.gz")}
+    text = "print solution N (default 0) instead"
+    parser.add_argument("--text", type=int, nargs="?", const=0, metavar="N", help=text)
+    a = parser.parse_args()
+    files = {int(path.name.split(".")[0]): path for path in (a.run / "episodes").glob("*.jsonl.gz")}
     if not files:
-        sys.exit(f"show.py: {arguments.run} holds no stored responses: it is no run folder, or trained with --store_every 0")
-    iteration = max(files) if arguments.iteration is None else arguments.iteration
+        why = "it is no run folder, or trained with --store_every 0"
+        sys.exit(f"show.py: {a.run} holds no stored responses: {why}")
+    iteration = max(files) if a.iteration is None else a.iteration
     if iteration not in files:
-        sys.exit(f"show.py: --iteration {iteration} was not stored in {arguments.run}; take one of {', '.join(map(str, sorted(files)))}")
-    solutions = read(files[iteration])
-    if arguments.text is not None:
-        if not 0 <= arguments.text < len(solutions):
-            sys.exit(f"show.py: --text {arguments.text}: the iteration has the solutions 0 to {len(solutions) - 1}")
-        print(as_text(solutions[arguments.text]))
+        stored = ", ".join(map(str, sorted(files)))
+        sys.exit(f"show.py: --iteration {iteration} was not stored in {a.run}; take one of {stored}")
+    solutions = read_solutions(files[iteration])
+    if a.text is not None:
+        if not 0 <= a.text < len(solutions):
+            sys.exit(f"show.py: --text {a.text}: the iteration has the solutions 0 to {len(solutions) - 1}")
+        print(as_text(solutions[a.text]))
         return
-    out = arguments.out or arguments.run / "show.html"
-    out.write_text(as_page(f"{arguments.run.resolve().name}, iteration {iteration}", solutions), encoding="utf-8")
+    out = a.out or a.run / "show.html"
+    out.write_text(as_page(f"{a.run.resolve().name}, iteration {iteration}", solutions), encoding="utf-8")
     print(f"wrote {out}: {len(solutions)} solutions of iteration {iteration}")
 
 

@@ -1,19 +1,22 @@
-"""How good are the values, and what does that do to the gradient? The analysis of the paper's section 6, on the checkpoints of any run.
+"""How good are the values, and what does that do to the gradient? The paper's section 6, on any run.
 
-    torchrun --nproc_per_node=2 experiments/values.py runs/compare/ppo-256-s0/checkpoints/40 [MORE CHECKPOINTS]  # `make analyze`
+    torchrun --nproc_per_node=2 experiments/values.py runs/compare/ppo-256-s0/checkpoints/40 [MORE]
     torchrun --nproc_per_node=8 experiments/values.py runs/math/checkpoints/500 --truth_rollouts 256
-    python experiments/values.py --draw                                                                          # pictures and tables alone
+    python experiments/values.py --draw                # pictures and tables alone
 
-States come from the checkpoint's own solutions of held-out problems, at the temperature it trained at. The ground truth of a state is the mean of
---truth_rollouts rollouts; every estimate is independent of it, since its rollouts are others:
+`make analyze` does it for three of the comparison's checkpoints.
+
+States come from the checkpoint's own solutions of held-out problems, sampled at the temperature it
+trained at. The ground truth of a state is the mean of --truth_rollouts rollouts. Every estimate is
+independent of it, since it has rollouts of its own:
 
     K = 1, 3, 9 rollouts     as VinePPO estimates
     value network            of a PPO run's checkpoint; other runs have none
-    group mean               the share of right ones among 8 other solutions of the problem, for all its states alike
+    group mean               the share of right ones among 8 other solutions; one for all states of a problem
     constant                 the policy's accuracy
 
-It writes experiments/results/values/NAME.json for each checkpoint, and from these alone the pictures and the table. Steps are the paper's, whatever
---step_credit the run had.
+It writes experiments/results/values/NAME.json for each checkpoint; the pictures and the table are
+made from these files alone. Steps are the paper's, whatever --step_credit the run had.
 """
 
 import os
@@ -22,258 +25,323 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import argparse
-import dataclasses
 import json
 import math
 import random
 import statistics
 import sys
+from dataclasses import asdict, fields, replace
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "experiments" / "results" / "values"
 KS, GROUP = (1, 3, 9), 8
-ALTERNATIVES, TRIES = 5, 64  # distinct next steps that are ranked at a state, out of so many sampled continuations
+ALTERNATIVES, TRIES = 5, 64  # distinct next steps ranked at a state, of so many continuations
+PROMPTS, RESPONSES = 4, 4  # of a batch whose gradient is measured; prompts: or a multiple of the ranks
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------------------------
+# --- measuring ---
+# torch, vLLM and the core are imported where they are used: --draw needs none of them
 
 
-def rewards_from(engine, grader, states, answers, n, s):
-    """Rewards of n rollouts from each of this rank's states, (prompt ids, prefix ids): a list of n for each."""
-    import train
+class Analysis:
+    """Measures a checkpoint. The problems that its methods get are this rank's share."""
 
-    limits = [s.max_tokens - len(prefix) for _, prefix in states]
-    groups = engine.generate([prompt + prefix for prompt, prefix in states], n, limits, s.temperature, s.top_p)
-    rollouts = [
-        dict(text=engine.text(prefix + c.token_ids), finished=c.finished or engine.stops(prefix + c.token_ids), answer=answer)
-        for (_, prefix), group, answer in zip(states, groups, answers)
-        for c in group
-    ]
-    graded = train.rewards(grader, rollouts)
-    return [graded[i : i + n] for i in range(0, len(graded), n)]
+    def __init__(self, arguments, device, engine, grader, policy, critic, s):
+        """policy, critic: sharded; critic may be None. s: the train.Settings of the run."""
+        self.arguments, self.device, self.s = arguments, device, s
+        self.engine, self.grader = engine, grader
+        self.policy, self.critic = policy, critic
+
+    def solutions(self, problems, n, **changes):
+        """n solutions of each problem, as Episodes with rewards and boundaries."""
+        from rollout import episodes_for, sample
+        from steps import step_boundaries
+
+        episodes = episodes_for(problems, n)
+        sample(self.engine, self.grader, episodes, replace(self.s, **changes))
+        for e in episodes:
+            e.boundaries = step_boundaries("paper", e.text, e.response_ids, self.engine.decode)
+        return episodes
+
+    def roll_out(self, states, n, **changes):
+        """n rollouts from each of the states, not yet graded."""
+        s = replace(self.s, **changes)
+        for state in states:
+            self.engine.submit(state, n, s.max_tokens - len(state.prefix_ids), s.temperature, s.top_p)
+        while self.engine.running:
+            for state, completions in self.engine.step():
+                state.take(completions)
+
+    def rewards_from(self, states, n, **changes):
+        """Rewards of n rollouts from each of the states: a list of n for each."""
+        from grader import set_rewards
+
+        self.roll_out(states, n, **changes)
+        set_rewards(self.grader, states)
+        return [[rollout.reward for rollout in state.rollouts] for state in states]
+
+    def rows_of(self, states, problems):
+        """One row per state: {truth, error, K=1, .., value network}. Every rank calls it.
+
+        problems: at least one, to pad with.
+        """
+        from episode import State
+        from support.ranks import over_ranks
+
+        truth = self.arguments.truth_rollouts
+        rows = [estimates(rewards, truth) for rewards in self.rewards_from(states, truth + max(KS))]
+        if self.critic:
+            most = max(1, *over_ranks([len(states)]))  # FSDP: as many passes on every rank
+            padding = [State(problems[0].prompt_ids, [])] * (most - len(states))
+            for row, value in zip(rows, network_values(self.critic, states + padding)):
+                row["value network"] = value
+        return rows
+
+    def states(self, problems):
+        """One row per state of one solution to each problem, of all ranks."""
+        from support.ranks import over_ranks
+        from vine import states_of
+
+        everything = self.solutions(problems, 1 + GROUP)
+        rows, states = [], []
+        for i in range(0, len(everything), 1 + GROUP):
+            e, others = everything[i], everything[i + 1 : i + 1 + GROUP]
+            found = states_of(e, {})
+            states += found
+            group_mean = statistics.mean(o.reward for o in others)
+            rows += [{"position": t / len(found), "group mean": group_mean} for t in range(len(found))]
+        rows = [row | estimated for row, estimated in zip(rows, self.rows_of(states, problems))]
+        rows = over_ranks(rows)
+        accuracy = statistics.mean(over_ranks([e.reward for e in everything]))
+        return [row | {"constant": accuracy} for row in rows]
+
+    def ranking(self, problems):
+        """True and estimated values after each of 3 to 5 distinct next steps from a state.
+
+        A list of rows for each of these states, of all ranks. They stand at random places of
+        solutions.
+        """
+        from episode import State
+        from steps import step_boundaries
+        from support.ranks import over_ranks
+
+        rng = random.Random(self.arguments.seed)
+        starts = []
+        for e in self.solutions(problems, 1):
+            if len(e.boundaries) > 3:
+                cut = rng.choice(e.boundaries[:-2])
+                starts.append(State(e.prompt_ids, e.response_ids[:cut], e.answer))
+        self.roll_out(starts, TRIES, temperature=self.arguments.next_step_temperature or self.s.temperature)
+        states, sizes = [], []  # sizes: alternatives at each start that counts
+        for start in starts:
+            nexts = {}
+            for c in start.rollouts:
+                ids = start.prefix_ids + c.token_ids
+                cuts = step_boundaries("paper", c.text, ids, self.engine.decode)
+                cut = next((cut for cut in cuts if cut > len(start.prefix_ids)), len(ids))
+                if cut < len(ids):  # a step that ends the response has no state behind it
+                    nexts.setdefault(tuple(ids[:cut]))
+            if len(nexts) >= 3:
+                chosen = list(nexts)[:ALTERNATIVES]
+                states += [State(start.prompt_ids, list(ids), start.answer) for ids in chosen]
+                sizes.append(len(chosen))
+        rows = iter(self.rows_of(states, problems))
+        return over_ranks([list(islice(rows, size)) for size in sizes])
+
+    def gradients(self, problems, prompts):
+        """[{estimator: |g|^2}] of independent batches of `prompts` x RESPONSES.
+
+        problems: all of them, on every rank. All estimators get the same responses. It is the plain
+        policy gradient (no whitening, no clipping, no KL, no nucleus), so that all estimators have
+        the same mean. Nearly: where a step ends may depend on what follows it, as with "#### n",
+        and then a state's value is no pure baseline.
+        """
+        import torch.distributed as dist
+
+        rank, world, out = dist.get_rank(), dist.get_world_size(), []
+        for number in range(self.arguments.batches):
+            rng = random.Random(self.arguments.seed * 1_000_003 + number)
+            episodes = self.solutions(rng.choices(problems, k=prompts)[rank::world], RESPONSES, top_p=1.0)
+            squares = {}
+            for name, advantages in self.advantages(episodes).items():
+                how = self.s.temperature, self.device
+                squares[name] = squared_gradient(self.policy, episodes, advantages, *how)
+            out.append(squares)
+        return out
+
+    def advantages(self, episodes):
+        """{estimator: token advantages of each episode}, without a nucleus."""
+        from baselines.groups import Group, rloo
+        from vine import monte_carlo_value, states_of, step_advantages, token_advantages
+
+        known = {}
+        for e in episodes:
+            e.states = states_of(e, known)
+        self.rewards_from(list(known.values()), max(KS), top_p=1.0)
+        found = {}
+        for k in KS:
+            for state in known.values():
+                state.value = monte_carlo_value([rollout.reward for rollout in state.rollouts[:k]])
+            for e in episodes:
+                steps = step_advantages([state.value for state in e.states], e.reward)
+                e.advantages = token_advantages(e.boundaries, steps)
+            found[f"K={k}"] = [e.advantages for e in episodes]
+        Group(rloo, RESPONSES).set_advantages(episodes)
+        found["RLOO"] = [e.advantages for e in episodes]
+        if self.critic:
+            self.critic.set_advantages(episodes)
+            found["value network"] = [e.advantages for e in episodes]
+        return found
 
 
 def estimates(rewards, truth_rollouts):
-    """{truth, its standard error, K=1, ..} of a state from its rewards: the first truth_rollouts make the truth, the others the estimates."""
+    """{truth, error: its standard error, K=1, ..} of a state.
+
+    The first truth_rollouts of its rewards make the truth, the others the estimates.
+    """
     truth, others = rewards[:truth_rollouts], rewards[truth_rollouts:]
     mean = statistics.mean(truth)
-    return dict(truth=mean, error=math.sqrt(mean * (1 - mean) / (len(truth) - 1))) | {f"K={k}": statistics.mean(others[:k]) for k in KS}
+    error = math.sqrt(mean * (1 - mean) / (len(truth) - 1))
+    return dict(truth=mean, error=error) | {f"K={k}": statistics.mean(others[:k]) for k in KS}
 
 
 def network_values(critic, states):
-    """The value network's V of each state; a dummy token stands where the next action would. Every rank brings as many states."""
-    episodes = [dict(prompt_ids=prompt, response_ids=[*prefix, 0], reward=0.0) for prompt, prefix in states]
+    """The value network's V of each state. Every rank brings as many states."""
+    from episode import Episode
+
+    # a dummy token stands where the next action would
+    episodes = [Episode(s.prompt_ids, response_ids=[*s.prefix_ids, 0]) for s in states]
     critic.set_advantages(episodes)
-    return [e["values"][-1] for e in episodes]
+    return [e.token_values[-1] for e in episodes]
 
 
-def sample_solutions(engine, grader, batch, s):
-    """Solutions with their token boundaries, and the states before each of their steps."""
-    import train
-    import vine
+def squared_gradient(policy, episodes, advantages, temperature, device):
+    """|g|^2 of g = the gradient of -1/N sum_i sum_t A_t log pi(token t), i over the N responses.
 
-    episodes = train.sample_responses(engine, grader, batch, s)
-    for e in episodes:
-        e["boundaries"] = vine.token_boundaries(vine.split_steps(e["text"]), vine.token_starts(e["response_ids"], engine.decode))
-    return episodes
-
-
-def measure_states(engine, grader, critic, batch, s, arguments):
-    """One row per state of one solution to each of this rank's problems."""
-    import train
-
-    s = dataclasses.replace(s, responses_per_prompt=1 + GROUP)
-    everything = sample_solutions(engine, grader, batch, s)
-    rows, states, answers = [], [], []
-    for i in range(0, len(everything), 1 + GROUP):
-        e, others = everything[i], everything[i + 1 : i + 1 + GROUP]
-        for t, cut in enumerate(e["boundaries"][:-1]):
-            states.append((e["prompt_ids"], e["response_ids"][:cut]))
-            answers.append(e["answer"])
-            rows.append({"position": t / (len(e["boundaries"]) - 1), "group mean": statistics.mean(o["reward"] for o in others)})
-    for row, rewards in zip(rows, rewards_from(engine, grader, states, answers, arguments.truth_rollouts + max(KS), s)):
-        row |= estimates(rewards, arguments.truth_rollouts)
-    if critic:
-        most = max(train.over_ranks([len(states)]))
-        padded = states + [(batch[0][1], [])] * (most - len(states))  # FSDP: as many passes on every rank
-        for row, value in zip(rows, network_values(critic, padded)):
-            row["value network"] = value
-    rows = train.over_ranks(rows)
-    accuracy = statistics.mean(train.over_ranks([e["reward"] for e in everything]))
-    return [row | {"constant": accuracy} for row in rows]
-
-
-def measure_ranking(engine, grader, critic, batch, s, arguments):
-    """For states at random places of solutions: the value after each of 3 to 5 distinct next steps, true and estimated."""
-    import train
-    import vine
-
-    s = dataclasses.replace(s, responses_per_prompt=1)
-    rng, states, answers, owners = random.Random(arguments.seed), [], [], []
-    solutions = [e for e in sample_solutions(engine, grader, batch, s) if len(e["boundaries"]) > 3]
-    starts = [(e, e["response_ids"][: rng.choice(e["boundaries"][:-2])]) for e in solutions]
-    limits = [s.max_tokens - len(prefix) for _, prefix in starts]
-    groups = engine.generate(
-        [e["prompt_ids"] + prefix for e, prefix in starts], TRIES, limits, arguments.next_step_temperature or s.temperature, s.top_p
-    )
-    for number, ((e, prefix), group) in enumerate(zip(starts, groups)):
-        nexts = {}
-        for c in group:
-            ids = prefix + c.token_ids
-            cuts = vine.token_boundaries(vine.split_steps(engine.text(ids)), vine.token_starts(ids, engine.decode))
-            cut = next((cut for cut in cuts if cut > len(prefix)), len(ids))
-            if cut < len(ids):  # a step that ends the response has no state behind it
-                nexts.setdefault(tuple(ids[:cut]))
-        if len(nexts) >= 3:
-            for ids in list(nexts)[:ALTERNATIVES]:
-                states.append((e["prompt_ids"], list(ids)))
-                answers.append(e["answer"])
-                owners.append(number)
-    rows = [dict(state=owner) for owner in owners]
-    for row, rewards in zip(rows, rewards_from(engine, grader, states, answers, arguments.truth_rollouts + max(KS), s)):
-        row |= estimates(rewards, arguments.truth_rollouts)
-    if critic:
-        most = max(1, *train.over_ranks([len(states)]))
-        padded = states + [(batch[0][1], [])] * (most - len(states))
-        for row, value in zip(rows, network_values(critic, padded)):
-            row["value network"] = value
-    by_state = {}
-    for row in rows:
-        by_state.setdefault(row.pop("state"), []).append(row)
-    return train.over_ranks(list(by_state.values()))
-
-
-def squared_gradient(model, episodes, advantages, temperature, device):
-    """|g|^2 of g = the gradient of -1/N sum_i sum_t A_t log pi(token t) over the N responses of all ranks. advantages: a list per episode."""
+    episodes: this rank's; N counts all ranks'. advantages: a list per episode, of a number per
+    token.
+    """
     import torch
     import torch.distributed as dist
 
-    import ppo
+    from ppo import micro_batch
 
     world = dist.get_world_size()
-    model.zero_grad()  # before the forward pass, after which FSDP's gathered parameters stand in for those that hold the gradients
-    batch = ppo.collate([e | {"advantages": a} for e, a in zip(episodes, advantages)], ["advantages"], device)
-    m = ppo.micro_batch(batch, range(len(episodes)))
-    loss = -(ppo.token_logprobs(model, m, temperature) * m["advantages"]).sum() / (len(episodes) * world)
+    # before the forward pass: after it FSDP's gathered parameters stand in for those that hold the gradients
+    policy.zero_grad()
+    flat = [a for one in advantages for a in one]
+    flat = torch.tensor(flat, dtype=torch.float32, device=device)  # [N], in the order of the episodes
+    m = micro_batch(episodes, range(len(episodes)), device)
+    loss = -(policy(m, temperature) * flat[m.tokens]).sum() / (len(episodes) * world)
     (loss * world).backward()  # FSDP averages over the ranks
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")).full_tensor().item() ** 2
+    return torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf")).full_tensor().item() ** 2
 
 
-def measure_gradient(engine, grader, model, critic, device, problems, s, arguments, prompts, responses=4):
-    """|g|^2 of each unbiased estimator on independent batches of prompts x responses, the same responses for all: [{name: |g|^2}].
+def settings_of(run):
+    """The train.Settings of a run folder. Older runs had settings that are gone: they are left out."""
+    import train
 
-    The plain policy gradient: no whitening, no clipping, no KL, no nucleus, so that all estimators have the same
-    mean. (Nearly: a step's boundary may depend on what follows it, as that of "#### n" does, and a state's value is then no pure baseline.)
-    """
+    names = {f.name for f in fields(train.Settings)}
+    stored = json.loads((run / "settings.json").read_text())
+    return train.Settings(**{name: value for name, value in stored.items() if name in names})
+
+
+def networks_of(path, s, device):
+    """(policy, critic or None) of a checkpoint, sharded."""
     import torch.distributed as dist
 
-    import vine
-    from baselines import groups
+    from baselines.critic import Critic
+    from model import load_sharded
 
-    rank, world, out = dist.get_rank(), dist.get_world_size(), []
-    s = dataclasses.replace(s, responses_per_prompt=responses, top_p=1.0)
-    for number in range(arguments.batches):
-        drawn = random.Random(arguments.seed * 1_000_003 + number).choices(problems, k=prompts)[rank::world]
-        episodes = sample_solutions(engine, grader, drawn, s)
-        numbers = {}
-        indices = [vine.number_states(numbers, e["prompt_ids"], e["response_ids"], e["boundaries"]) for e in episodes]
-        states = [(list(prompt), list(prefix)) for prompt, prefix in numbers]
-        answers = {i: e["answer"] for e, row in zip(episodes, indices) for i in row}
-        rewards = rewards_from(engine, grader, states, [answers[i] for i in range(len(states))], max(KS), s)
-        advantages = {}
-        for k in KS:
-            values = [statistics.mean(r[:k]) for r in rewards]
-            advantages[f"K={k}"] = [
-                vine.token_advantages(e["boundaries"], vine.step_advantages([values[i] for i in row], e["reward"]))
-                for e, row in zip(episodes, indices)
-            ]
-        groups.set_advantages(episodes, groups.rloo, responses)
-        advantages["RLOO"] = [e["advantages"] for e in episodes]
-        if critic:
-            critic.set_advantages(episodes)
-            advantages["value network"] = [e["advantages"] for e in episodes]
-        line = {name: squared_gradient(model, episodes, lists, s.temperature, device) for name, lists in advantages.items()}
-        out.append(line)
-    return out
+    loading, critic = dict(bfloat16=s.bfloat16), None
+    policy = load_sharded(path, device, **loading)
+    if (path / "state" / "critic").is_dir():
+        learning = dict(total_steps=1, learning_rate=1e-9, minibatch=dist.get_world_size())
+        critic = Critic(path, device, loading=loading, micro_batch_tokens=s.micro_batch_tokens, **learning)
+        critic.load(path / "state")
+    elif s.algorithm == "ppo" and dist.get_rank() == 0:
+        print(f"{path} has no state/critic: its value network is left out", flush=True)
+    return policy, critic
 
 
-def measure(arguments, device, watch):
-    import torch.distributed as dist
+def problems_of(path, s, needed):
+    """(training problems, test problems), encoded. Raises ValueError for fewer than `needed` of the latter."""
     from transformers import AutoTokenizer
 
     import data
-    import ppo
-    import train
-    from baselines.critic import Critic
+
+    tokenizer, limit = AutoTokenizer.from_pretrained(path), s.max_sequence - s.max_tokens
+    splits = data.load(s.dataset, s.prompt_template, s.chat)
+    training, test = (data.encode(problems, tokenizer, limit, s.chat)[0] for problems in splits)
+    if len(test) < needed:
+        what = "--problems and --ranked together"
+        raise ValueError(f"{what} need {needed} test problems; {s.dataset} has {len(test)}")
+    return training, test
+
+
+def measure(a, device, watch):
+    """Write the results of each of the checkpoints. a: the program's arguments."""
+    import torch.distributed as dist
+
     from grader import Grader
-    from rollout import Engine
+    from model import full_tensors
+    from rollout import Engine, shut_down
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    engine, grader, prompts = None, Grader(), -(-4 // world) * world  # per batch: 4, or the next multiple of the number of ranks
-    for path in arguments.checkpoints:
+    prompts = -(-PROMPTS // world) * world
+    engine, grader = None, Grader()
+    for path in a.checkpoints:
         run = path.parent.parent
-        s = train.Settings(**json.loads((run / "settings.json").read_text()))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        training, test = (
-            data.encode(p, tokenizer, s.max_sequence - s.max_tokens, s.chat)[0] for p in data.load(s.dataset, s.prompt_template, s.chat)
-        )
+        s = settings_of(run)
+        training, test = problems_of(path, s, a.problems + a.ranked)
         if engine is None:
             engine = Engine(
-                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [],
-                bfloat16=s.bfloat16, gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
+                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], bfloat16=s.bfloat16,
+                gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
             )  # fmt: skip
         engine.sleep()
-        model, critic = ppo.load_sharded(path, device, bfloat16=s.bfloat16), None
-        if (path / "state" / "critic").is_dir():
-            critic = Critic(
-                path,
-                device,
-                total_steps=1,
-                learning_rate=1e-9,
-                minibatch=world,
-                micro_batch_tokens=s.micro_batch_tokens,
-                bfloat16=s.bfloat16,
-            )
-            critic.load(path / "state" / "critic")
-        elif s.algorithm == "ppo" and rank == 0:
-            print(f"{path} has no state/critic: its value network is left out", flush=True)
-        engine.load_weights(ppo.full_tensors(model))
-        engine.seed(arguments.seed)
-        if len(test) < arguments.problems + arguments.ranked:
-            raise ValueError(
-                f"--problems {arguments.problems} and --ranked {arguments.ranked} need as many test problems; {s.dataset} has {len(test)}"
-            )
-        mine = test[: arguments.problems][rank::world]
-        states = measure_states(engine, grader, critic, mine, s, arguments)
-        ranking = measure_ranking(
-            engine, grader, critic, test[arguments.problems : arguments.problems + arguments.ranked][rank::world], s, arguments
-        )
-        gradient = measure_gradient(engine, grader, model, critic, device, training, s, arguments, prompts)
+        policy, critic = networks_of(path, s, device)
+        engine.load_weights(full_tensors(policy))
+        engine.seed(a.seed)
+        analysis = Analysis(a, device, engine, grader, policy, critic, s)
+        states = analysis.states(test[: a.problems][rank::world])
+        ranking = analysis.ranking(test[a.problems : a.problems + a.ranked][rank::world])
+        gradient = analysis.gradients(training, prompts)
         if rank == 0:
-            arguments.results.mkdir(parents=True, exist_ok=True)
             name = f"{run.name}-{path.name}"
-            measured = dict(checkpoint=str(path), responses=4 * prompts) | {
-                k: v for k, v in vars(arguments).items() if isinstance(v, int | float)
-            }
-            result = dict(measured=measured, settings=dataclasses.asdict(s), states=states, ranking=ranking, gradient=gradient)
-            content = json.dumps(rounded(result)).replace('{"position"', '\n{"position"').replace('{"K=1"', '\n{"K=1"')
-            (arguments.results / f"{name}.json").write_text(content + "\n")
-            print(f"{name}: {len(states)} states, {len(ranking)} ranked, {len(gradient)} gradients", flush=True)
-    train.shut_down(engine, grader, watch)
+            measured = dict(checkpoint=str(path), responses=RESPONSES * prompts)
+            measured |= {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
+            found = dict(states=states, ranking=ranking, gradient=gradient)
+            write(a.results / f"{name}.json", dict(measured=measured, settings=asdict(s)) | found)
+            counts = f"{len(states)} states, {len(ranking)} ranked, {len(gradient)} gradients"
+            print(f"{name}: {counts}", flush=True)
+    shut_down(engine, grader, watch)
+
+
+def write(path, result):
+    """JSON, with a line for each row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(rounded(result))
+    for first in ('{"position"', '{"K=1"'):
+        content = content.replace(first, f"\n{first}")
+    path.write_text(content + "\n")
 
 
 def rounded(x):
     """Floats to five digits, everywhere."""
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, list) else float(f"{x:.5g}") if isinstance(x, float) else x
+    if isinstance(x, list):
+        return [rounded(v) for v in x]
+    return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
-# --- what came out ------------------------------------------------------------------------------------------------------------------
+# --- what came out ---
 
-ESTIMATORS = {  # in the order of the pictures; colours that the colour-blind can tell apart (Okabe and Ito)
+ESTIMATORS = {  # in the order of the pictures; Okabe and Ito's colours, which the colour-blind can tell apart
     "K=1": "#000000",
     "K=3": "#56b4e9",
     "K=9": "#0072b2",
@@ -286,18 +354,22 @@ BINS = 5
 
 
 def accuracy_of(rows, name):
-    """Errors of an estimator over states: mae, bias, correlation, explained variance, and the last with the truth's own noise taken out."""
+    """Errors of an estimator over states.
+
+    mae, bias, correlation, explained (variance), and explained_without_noise: with the noise of the
+    truth taken out.
+    """
     truths, values = [row["truth"] for row in rows], [row[name] for row in rows]
     errors = [v - t for v, t in zip(values, truths)]
     noise, variance = statistics.mean(row["error"] ** 2 for row in rows), statistics.pvariance(truths)
-    square = statistics.mean(e * e for e in errors)
+    square, nan = statistics.mean(e * e for e in errors), float("nan")
     flat = min(statistics.pstdev(truths), statistics.pstdev(values)) == 0
     return dict(
         mae=statistics.mean(map(abs, errors)),
         bias=statistics.mean(errors),
         correlation=0.0 if flat else statistics.correlation(truths, values),
-        explained=1 - square / variance if variance else float("nan"),  # undefined where all states are worth the same
-        explained_without_noise=1 - (square - noise) / (variance - noise) if variance > noise else float("nan"),
+        explained=1 - square / variance if variance else nan,  # undefined where all states are worth the same
+        explained_without_noise=1 - (square - noise) / (variance - noise) if variance > noise else nan,
     )
 
 
@@ -307,22 +379,26 @@ def differ(a, b):
 
 
 def ranking_of(groups, name):
-    """Ranking next steps by an estimate: share of the pairs, and of the states' best steps, that it gets right; ties count in parts.
+    """Ranking next steps by an estimate: the shares of pairs and of best steps that it gets right.
 
-    Only pairs whose truths differ count, and for the best step only states that have such a pair; a step is a best one if its truth does not
-    differ from the highest. Returns dict(pairs, top1, number_of_pairs, number_of_states).
+    Ties count in parts. Only pairs whose truths differ count, and for the best step only states
+    that have such a pair; a step is a best one if its truth does not differ from the highest.
+    Returns dict(pairs, top1, number_of_pairs, number_of_states).
     """
     pairs, firsts = [], []
     for group in groups:
         counted = [(a, b) for i, a in enumerate(group) for b in group[:i] if differ(a, b)]
-        pairs += [0.5 if a[name] == b[name] else float((a[name] > b[name]) == (a["truth"] > b["truth"])) for a, b in counted]
+        for a, b in counted:
+            right = (a[name] > b[name]) == (a["truth"] > b["truth"])
+            pairs.append(0.5 if a[name] == b[name] else float(right))
         if counted:
             best, highest = max(group, key=lambda row: row["truth"]), max(row[name] for row in group)
             tied = [row for row in group if row[name] == highest]
             firsts.append(statistics.mean(not differ(row, best) for row in tied))
-    if not pairs:
-        return dict(pairs=None, top1=None, number_of_pairs=0, number_of_states=0)
-    return dict(pairs=statistics.mean(pairs), top1=statistics.mean(firsts), number_of_pairs=len(pairs), number_of_states=len(firsts))
+    shares = dict(pairs=None, top1=None)
+    if pairs:
+        shares = dict(pairs=statistics.mean(pairs), top1=statistics.mean(firsts))
+    return shares | dict(number_of_pairs=len(pairs), number_of_states=len(firsts))
 
 
 def mean_and_error(values):
@@ -330,7 +406,10 @@ def mean_and_error(values):
 
 
 def ratio_and_error(above, below, rng, draws=400):
-    """mean(above) / mean(below) of paired values, and its standard error by resampling the pairs; nan where all of below is 0."""
+    """mean(above) / mean(below) of paired values, and its standard error by resampling the pairs.
+
+    nan where all of below is 0.
+    """
     if not sum(below):
         return float("nan"), float("nan")
     resampled = []
@@ -342,14 +421,177 @@ def ratio_and_error(above, below, rng, draws=400):
 
 
 def limit_of_large_k(batches):
-    """Per batch, a of the least-squares line a + b / K through |g|^2 at the Ks: what is left of it when the values have no noise."""
+    """Per batch, a of the least-squares line a + b / K through |g|^2 at the Ks.
+
+    That is what is left of |g|^2 when the values have no noise.
+    """
     x = [1 / k for k in KS]
     mean = statistics.mean(x)
     weights = [1 / len(x) - mean * (v - mean) / sum((u - mean) ** 2 for u in x) for v in x]
     return [sum(w * batch[f"K={k}"] for w, k in zip(weights, KS)) for batch in batches]
 
 
+def present(rows):
+    """The estimators that the rows have values of."""
+    return [e for e in ESTIMATORS if rows and e in rows[0]]
+
+
+def ranking_by_estimator(groups):
+    """{estimator: ranking_of}, and "chance" for an estimate that is the same everywhere."""
+    found = {e: ranking_of(groups, e) for e in present(groups[0] if groups else [])}
+    blind = [[row | {"chance": 0.0} for row in group] for group in groups]
+    return found | {"chance": ranking_of(blind, "chance")}
+
+
+def in_bins(rows):
+    """The rows in BINS parts, by their position in the solution."""
+    return [[row for row in rows if int(row["position"] * BINS) == b] for b in range(BINS)]
+
+
+# --- pictures ---
+
+
+def draw_scatter(axes, rows):
+    """The estimates against the truth, an axis for each estimator."""
+    for e in present(rows):
+        truths, values = [row["truth"] for row in rows], [row[e] for row in rows]
+        axes[e].scatter(truths, values, s=9, alpha=0.35, color=ESTIMATORS[e], linewidths=0)
+        axes[e].axline((0, 0), slope=1, color="#bbbbbb", linewidth=1)
+        axes[e].set(title=e, xlabel="true value", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    axes[present(rows)[0]].set_ylabel("estimate")
+
+
+def draw_errors(axis, rows):
+    """The mean absolute error by position."""
+    for e in present(rows):
+        by_bin = [[abs(row[e] - row["truth"]) for row in part] for part in in_bins(rows)]
+        points = [((b + 0.5) / BINS, statistics.mean(errors)) for b, errors in enumerate(by_bin) if errors]
+        axis.plot(*zip(*points), marker="o", markersize=3, color=ESTIMATORS[e], label=e)
+    top = 1.4 * axis.get_ylim()[1]  # room for the legend
+    axis.set(title="mean absolute error by position", xlabel="position in the solution", ylim=(0, top))
+    axis.legend(fontsize=7, ncols=3, loc="upper center")
+
+
+def draw_ranking(axis, groups):
+    """How often the estimators rank next steps right."""
+    found = ranking_by_estimator(groups)
+    if not found["chance"]["number_of_pairs"]:
+        return
+    for i, (name, of_it) in enumerate(found.items()):
+        shares = [of_it["pairs"], of_it["top1"]]
+        axis.bar([i - 0.2, i + 0.2], shares, 0.36, color=ESTIMATORS.get(name, "#bbbbbb"))
+        for x, v in zip((i - 0.2, i + 0.2), shares):
+            axis.text(x, v, f"{v:.2f}", ha="center", va="bottom", fontsize=7)
+    axis.set_xticks(range(len(found)), found, fontsize=8)
+    axis.set(title="next steps ranked right: pairs (left), best (right)", ylim=(0, 1.08))
+
+
+def draw_gradients(axis, batches):
+    """|g|^2 of each batch, in units of the mean at K = 9."""
+    names = present(batches)
+    base = statistics.mean(batch["K=9"] for batch in batches) or 1.0
+    for i, e in enumerate(names):
+        values = [batch[e] / base for batch in batches]
+        mean, error = mean_and_error(values)
+        x = [i + 0.25 * ((j * 0.618) % 1 - 0.5) for j in range(len(values))]
+        axis.scatter(x, values, s=6, alpha=0.5, color=ESTIMATORS[e])
+        axis.errorbar(i, mean, error, marker="_", markersize=18, color="#000000", capsize=4)
+    axis.set_xticks(range(len(names)), [n.replace("value network", "network") for n in names], fontsize=7)
+    axis.set(title="$|g|^2$ by batch, K = 9 is 1", yscale="log")
+
+
+def picture(name, result):
+    """The figure of one checkpoint."""
+    import matplotlib.pyplot as plt
+
+    names = present(result["states"])
+    width = len(names)
+    below = ["position"] * 2 + ["ranking"] * 2 + ["gradient"] * (width - 4)
+    size = dict(figsize=(2.6 * width, 6.4), layout="constrained")
+    figure, axes = plt.subplot_mosaic([names, below], **size)
+    draw_scatter(axes, result["states"])
+    draw_errors(axes["position"], result["states"])
+    draw_ranking(axes["ranking"], result["ranking"])
+    draw_gradients(axes["gradient"], result["gradient"])
+    for axis in axes.values():
+        axis.grid(alpha=0.25)
+    figure.suptitle(name)
+    return figure
+
+
+# --- tables ---
+
+
+def table_of_states(rows, ranking):
+    """Lines of Markdown: the errors of the estimators, and how well they rank.
+
+    ranking: see ranking_by_estimator.
+    """
+    errors = "mean abs. error | bias | correlation | explained variance | without the truth's noise"
+    lines = [f"| estimate | {errors} | pairs ranked | best step |", "|---|---|---|---|---|---|---|---|"]
+    for e in present(rows):
+        m, of_it = accuracy_of(rows, e), ranking.get(e, {})
+        shares = [f"{of_it[c]:.2f}" if of_it.get(c) is not None else "" for c in ("pairs", "top1")]
+        cells = [f"{m['mae']:.3f}", f"{m['bias']:+.3f}", f"{m['correlation']:.2f}", f"{m['explained']:.2f}"]
+        cells += [f"{m['explained_without_noise']:.2f}", *shares]
+        lines.append(f"| {e} | {' | '.join(cells)} |")
+    chance = ranking["chance"]
+    if chance["number_of_pairs"]:
+        lines.append(f"| chance | | | | | | {chance['pairs']:.2f} | {chance['top1']:.2f} |")
+    return lines
+
+
+def table_of_positions(rows):
+    """Lines of Markdown: the errors by fifths of the solution."""
+    parts = in_bins(rows)
+    sizes, what = ", ".join(str(len(part)) for part in parts), "bias; correlation; explained variance"
+    lines = [f"By fifths of the solution ({sizes} states): {what}.", ""]
+    lines.append("| estimate |" + " | ".join(f"{b}/{BINS}" for b in range(1, BINS + 1)) + " |")
+    lines.append("|---|" + "---|" * BINS)
+    for e in present(rows):
+        cells = []
+        for part in parts:
+            m = accuracy_of(part, e) if len(part) > 1 else None
+            cells.append(f"{m['bias']:+.2f}; {m['correlation']:.2f}; {m['explained']:.2f}" if m else "")
+        lines.append(f"| {e} | {' | '.join(cells)} |")
+    return lines
+
+
+def table_of_gradients(batches):
+    """Lines of Markdown: |g|^2 of the estimators."""
+    lines = ["| advantages | E\\|g\\|^2 | ratio to K = 9 | largest batch's share |", "|---|---|---|---|"]
+    rng, nine = random.Random(0), [batch["K=9"] for batch in batches]
+    series = {e: [batch[e] for batch in batches] for e in present(batches)}
+    series["K to infinity (a + b / K)"] = limit_of_large_k(batches)
+    for e, values in series.items():
+        (mean, error), (ratio, its_error) = mean_and_error(values), ratio_and_error(values, nine, rng)
+        share = max(values) / (sum(values) or 1)
+        lines.append(f"| {e} | {mean:.4g} ± {error:.2g} | {ratio:.2f} ± {its_error:.2f} | {share:.2f} |")
+    return lines
+
+
+def tables(name, result):
+    """The lines of Markdown of one checkpoint."""
+    rows, groups, batches = result["states"], result["ranking"], result["gradient"]
+    measured, ranking = result["measured"], ranking_by_estimator(groups)
+    floor = statistics.mean(math.sqrt(2 / math.pi) * row["error"] for row in rows)
+    of_all = sum(len(g) * (len(g) - 1) // 2 for g in groups)
+    chance = ranking["chance"]
+    temperature = measured.get("next_step_temperature", result["settings"]["temperature"])
+    about = (
+        f"{len(rows)} states, {measured['truth_rollouts']} rollouts each for the truth; its own noise alone gives a"
+        f" mean absolute error of {floor:.3f}. Ranking: {chance['number_of_pairs']} of {of_all} pairs of next steps"
+        f" differ by more than twice their error, in {chance['number_of_states']} of {len(groups)} states; they were"
+        f" sampled at temperature {temperature}."
+    )
+    batch = f"{len(batches)} batches of {measured['responses']} responses"
+    moment = f"Second moment of the gradient, {batch}, ± one standard error:"
+    lines = [f"## {name}", "", about, "", *table_of_states(rows, ranking), "", *table_of_positions(rows)]
+    return [*lines, "", moment, "", *table_of_gradients(batches), ""]
+
+
 def draw(folder):
+    """Pictures and tables beside the folder of the results."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -359,149 +601,68 @@ def draw(folder):
     if not results:
         sys.exit(f"values.py: no results in {folder}: name checkpoints to measure")
     text = ["# Values and gradients, by experiments/values.py", ""]
-    for name, r in results.items():
-        rows, ranked, batches = r["states"], r["ranking"], r["gradient"]
-        present = [e for e in ESTIMATORS if e in rows[0]]
-        figure, axes = plt.subplot_mosaic(
-            [[f"{e}" for e in present], ["position"] * 2 + ["ranking"] * 2 + ["gradient"] * (len(present) - 4)],
-            figsize=(2.6 * len(present), 6.4), layout="constrained",
-        )  # fmt: skip
-        for e in present:
-            axes[e].scatter([row["truth"] for row in rows], [row[e] for row in rows], s=9, alpha=0.35, color=ESTIMATORS[e], linewidths=0)
-            axes[e].axline((0, 0), slope=1, color="#bbbbbb", linewidth=1)
-            axes[e].set(title=e, xlabel="true value", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
-            by_bin = [[abs(row[e] - row["truth"]) for row in rows if int(row["position"] * BINS) == b] for b in range(BINS)]
-            points = [((b + 0.5) / BINS, statistics.mean(errors)) for b, errors in enumerate(by_bin) if errors]
-            axes["position"].plot(*zip(*points), marker="o", markersize=3, color=ESTIMATORS[e], label=e)
-        axes[present[0]].set_ylabel("estimate")
-        top = 1.4 * axes["position"].get_ylim()[1]  # room for the legend
-        axes["position"].set(title="mean absolute error by position", xlabel="position in the solution", ylim=(0, top))
-        axes["position"].legend(fontsize=7, ncols=3, loc="upper center")
-        able = [e for e in ESTIMATORS if ranked and e in ranked[0][0]]
-        found = {e: ranking_of(ranked, e) for e in able}
-        chance = ranking_of([[row | {"chance": 0.0} for row in group] for group in ranked], "chance")
-        if chance["number_of_pairs"]:
-            shown = {e: (found[e]["pairs"], found[e]["top1"], ESTIMATORS[e]) for e in able} | {
-                "chance": (chance["pairs"], chance["top1"], "#bbbbbb")
-            }
-            for i, (pair, top, colour) in enumerate(shown.values()):
-                axes["ranking"].bar([i - 0.2, i + 0.2], [pair, top], 0.36, color=colour)
-                for x, v in ((i - 0.2, pair), (i + 0.2, top)):
-                    axes["ranking"].text(x, v, f"{v:.2f}", ha="center", va="bottom", fontsize=7)
-            axes["ranking"].set_xticks(range(len(shown)), shown, fontsize=8)
-            axes["ranking"].set(title="next steps ranked right: pairs (left), best (right)", ylim=(0, 1.08))
-        names = [e for e in ESTIMATORS if e in batches[0]]
-        base = statistics.mean(batch["K=9"] for batch in batches) or 1.0
-        for i, e in enumerate(names):
-            values = [batch[e] / base for batch in batches]
-            mean, error = mean_and_error(values)
-            axes["gradient"].scatter(
-                [i + 0.25 * ((j * 0.618) % 1 - 0.5) for j in range(len(values))], values, s=6, alpha=0.5, color=ESTIMATORS[e]
-            )
-            axes["gradient"].errorbar(i, mean, error, marker="_", markersize=18, color="#000000", capsize=4)
-        axes["gradient"].set_xticks(range(len(names)), [n.replace("value network", "network") for n in names], fontsize=7)
-        axes["gradient"].set(title="$|g|^2$ by batch, K = 9 is 1", yscale="log")
-        for axis in axes.values():
-            axis.grid(alpha=0.25)
-        figure.suptitle(name)
+    for name, result in results.items():
+        figure = picture(name, result)
         figure.savefig(folder.parent / f"values-{name}.png", dpi=100)
         plt.close(figure)
-
-        floor = statistics.mean(math.sqrt(2 / math.pi) * row["error"] for row in rows)
-        text += [
-            f"## {name}",
-            "",
-            f"{len(rows)} states, {r['measured']['truth_rollouts']} rollouts each for the truth; its own noise alone gives a mean absolute error of {floor:.3f}. Ranking: "
-            f"{chance['number_of_pairs']} of {sum(len(g) * (len(g) - 1) // 2 for g in ranked)} pairs of next steps differ by more than twice their "
-            f"error, in {chance['number_of_states']} of {len(ranked)} states; they were sampled at temperature "
-            f"{r['measured'].get('next_step_temperature', r['settings']['temperature'])}.",
-            "",
-            "| estimate | mean abs. error | bias | correlation | explained variance | without the truth's noise | pairs ranked | best step |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for e in present:
-            m, k = accuracy_of(rows, e), found.get(e, {})
-            cells = [f"{k[c]:.2f}" if k.get(c) is not None else "" for c in ("pairs", "top1")]
-            text.append(
-                f"| {e} | {m['mae']:.3f} | {m['bias']:+.3f} | {m['correlation']:.2f} | {m['explained']:.2f} | "
-                f"{m['explained_without_noise']:.2f} | {' | '.join(cells)} |"
-            )
-        if chance["number_of_pairs"]:
-            text.append(f"| chance | | | | | | {chance['pairs']:.2f} | {chance['top1']:.2f} |")
-        fifths = [[row for row in rows if int(row["position"] * BINS) == b] for b in range(BINS)]
-        text += [
-            "",
-            f"By fifths of the solution ({', '.join(str(len(f)) for f in fifths)} states): bias; correlation; explained variance.",
-            "",
-        ]
-        text += ["| estimate |" + " | ".join(f"{b}/{BINS}" for b in range(1, BINS + 1)) + " |", "|---|" + "---|" * BINS]
-        for e in present:
-            parts = [accuracy_of(f, e) if len(f) > 1 else None for f in fifths]
-            cells = [f"{m['bias']:+.2f}; {m['correlation']:.2f}; {m['explained']:.2f}" if m else "" for m in parts]
-            text.append(f"| {e} | {' | '.join(cells)} |")
-        text += [
-            "",
-            f"Second moment of the gradient, {len(batches)} batches of {r['measured']['responses']} responses, ± one standard error:",
-            "",
-            "| advantages | E\\|g\\|^2 | ratio to K = 9 | largest batch's share |",
-            "|---|---|---|---|",
-        ]
-        rng, nine = random.Random(0), [batch["K=9"] for batch in batches]
-        series = {e: [batch[e] for batch in batches] for e in names} | {"K to infinity (a + b / K)": limit_of_large_k(batches)}
-        for e, values in series.items():
-            (mean, error), (ratio, ratio_error) = mean_and_error(values), ratio_and_error(values, nine, rng)
-            text.append(f"| {e} | {mean:.4g} ± {error:.2g} | {ratio:.2f} ± {ratio_error:.2f} | {max(values) / (sum(values) or 1):.2f} |")
-        text.append("")
+        text += tables(name, result)
     (folder.parent / "values.md").write_text("\n".join(text))
     print("\n".join(text))
 
 
+# --- the program ---
+
+
+def check(a):
+    """Raise ValueError for arguments that cannot work, before anything is loaded."""
+    world, engines = int(os.environ.get("WORLD_SIZE", 1)), set()
+    for path in a.checkpoints:
+        settings = path.parent.parent / "settings.json"
+        if not ((path / "config.json").is_file() and settings.is_file()):
+            raise ValueError(f"{path} is no RUN/checkpoints/N of train.py")
+        s = json.loads(settings.read_text())
+        engines.add(tuple(s[name] for name in ("dataset", "stop", "max_sequence", "chat")))
+    small = min(a.problems, a.ranked) < world or min(a.batches, a.truth_rollouts) < 2
+    if small or not a.checkpoints:
+        least = "at least 2 batches and truth rollouts, and as many problems and ranked as there are ranks"
+        raise ValueError(f"name RUN/checkpoints/N folders; {least}")
+    if len(engines) > 1:
+        what = "dataset, stop, max_sequence or chat"
+        raise ValueError(f"the runs differ in {what}: measure them one by one, into one --results")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/N folders that train.py wrote")
-    parser.add_argument("--truth_rollouts", type=int, default=256, help="rollouts per state for the ground truth")
-    parser.add_argument("--problems", type=int, default=20, help="held-out problems, one solution of each")
-    parser.add_argument("--ranked", type=int, default=20, help="states, of as many other problems, whose next steps are ranked")
-    parser.add_argument(
-        "--next_step_temperature", type=float, help="at which they are sampled; default: the training's, where few may differ"
-    )
-    parser.add_argument(
-        "--batches",
-        type=int,
-        default=50,
-        help="batches of 4 problems (or the next multiple of the ranks) x 4 responses whose gradients are measured",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results; the pictures and the table go beside it")
-    parser.add_argument("--draw", action="store_true", help="pictures and tables from the results that are there")
-    arguments = parser.parse_args()
-    if not arguments.draw:
-        import ppo
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    folders = "RUN/checkpoints/N folders that train.py wrote"
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=folders)
+    add("--truth_rollouts", type=int, default=256, help="rollouts per state for the ground truth")
+    add("--problems", type=int, default=20, help="held-out problems, one solution of each")
+    ranked = "states, of as many other problems, whose next steps are ranked"
+    add("--ranked", type=int, default=20, help=ranked)
+    temperature = "at which they are sampled; default: the training's, where few may differ"
+    add("--next_step_temperature", type=float, help=temperature)
+    batches = "whose gradients are measured; of 4 problems (or the next multiple of the ranks) x 4 responses"
+    add("--batches", type=int, default=50, help=batches)
+    add("--seed", type=int, default=0, help="of the sampling")
+    results = "folder of the results; the pictures and the table go beside it"
+    add("--results", type=Path, default=RESULTS, help=results)
+    add("--draw", action="store_true", help="pictures and tables from the results that are there")
+    a = parser.parse_args()
+    if not a.draw:
+        from support.ranks import init_distributed, refuse
+        from support.watch import Watch
 
-        missing = [
-            p for p in arguments.checkpoints if not ((p / "config.json").is_file() and (p.parent.parent / "settings.json").is_file())
-        ]
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        small = min(arguments.problems, arguments.ranked) < world or min(arguments.batches, arguments.truth_rollouts) < 2
-        engines = {
-            tuple(json.loads((p.parent.parent / "settings.json").read_text())[k] for k in ("dataset", "stop", "max_sequence", "chat"))
-            for p in (arguments.checkpoints if not missing else ())
-        }
-        if missing or small or not arguments.checkpoints:
-            what = (
-                "name RUN/checkpoints/N folders; at least 2 batches and truth rollouts, and as many problems and ranked as there are ranks"
-            )
-            what = f"{missing[0]} is no RUN/checkpoints/N of train.py" if missing else what
-            ppo.refuse(f"values.py: {what}")
-        if len(engines) > 1:
-            ppo.refuse("values.py: the runs differ in dataset, stop, max_sequence or chat: measure them one by one, into one --results")
-        from watch import Watch
-
-        device = ppo.init_distributed()
+        try:
+            check(a)
+        except ValueError as error:
+            refuse(f"values.py: {error}")
+        device = init_distributed()
         with Watch() as watch:
-            measure(arguments, device, watch)
+            measure(a, device, watch)
     if os.environ.get("RANK", "0") == "0":
-        draw(arguments.results)
+        draw(a.results)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,18 @@ SHARED_DATA = ROOT.parent / "shared" / "data"  # GSM8K and a MATH sample, where 
 
 @pytest.fixture(scope="session")
 def device():
-    import ppo
+    from support.ranks import init_distributed
 
-    return ppo.init_distributed()
+    return init_distributed()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with the arithmetic task's model, untrained."""
-    import sft
+    from support.arithmetic import tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
-    sft.tiny_model(folder, seed=0)
+    tiny_model(folder, seed=0)
     return str(folder)
 
 
@@ -55,19 +55,31 @@ def shared_data():
 
 def torchrun(ranks, *argv, **variables):
     """Run a script on several ranks from the project's folder; returns the finished process with its output as text."""
-    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv, **variables)
+    return python(
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv, **variables
+    )
 
 
 def python(*argv, **variables):
     """Run python from the project's folder, outside of this process's group of ranks, with these environment variables."""
     environment = our_environment() | variables
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def our_environment():
     """This process's, but for what makes it a rank; one thread per process."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {k: v for k, v in os.environ.items() if k not in ours} | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def left_running(marker, command="", rank=None):
@@ -78,7 +90,9 @@ def left_running(marker, command="", rank=None):
             if folder.name.isdigit() and (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
                 environment = (folder / "environ").read_bytes().split(b"\0")
                 wanted = [f"VINEPPO_TEST={marker}", *([] if rank is None else [f"RANK={rank}"])]
-                if command in (folder / "cmdline").read_text() and all(w.encode() in environment for w in wanted):
+                if command in (folder / "cmdline").read_text() and all(
+                    w.encode() in environment for w in wanted
+                ):
                     found.append(int(folder.name))
         except (OSError, IndexError):
             continue  # it has ended, or is another user's

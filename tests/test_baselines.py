@@ -4,6 +4,7 @@ import json
 import random
 import statistics
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,22 +12,30 @@ from conftest import python, torchrun
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
-import ppo
 import train
-import vine
-from baselines import credit, critic, dpo, groups, restem
+from baselines import critic, dpo, groups, restem
+from episode import Episode
+from model import full_tensors, load_sharded
+from ppo import Trainer
+from rollout import episodes_for, sample
+from support.ranks import init_distributed
+from vine import Vine
 
 # --- GRPO, RLOO ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_group_advantages():
-    assert groups.rloo([1.0, 0.0, 0.0, 1.0]) == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])  # R - the mean of the other three
+    assert groups.rloo([1.0, 0.0, 0.0, 1.0]) == pytest.approx(
+        [2 / 3, -2 / 3, -2 / 3, 2 / 3]
+    )  # R - the mean of the other three
     std = statistics.stdev([1.0, 0.0, 0.0])
     assert groups.grpo([1.0, 0.0, 0.0]) == pytest.approx([2 / 3 / std, -1 / 3 / std, -1 / 3 / std])
     assert groups.grpo([1.0, 1.0]) == [0.0, 0.0] and groups.rloo([0.0, 0.0]) == [0.0, 0.0]
-    episodes = [dict(reward=r, response_ids=[5] * n) for r, n in [(1.0, 2), (0.0, 3), (1.0, 1), (1.0, 4)]]
-    groups.set_advantages(episodes, groups.rloo, 2)
-    assert [e["advantages"] for e in episodes] == [[1.0] * 2, [-1.0] * 3, [0.0], [0.0] * 4]
+    episodes = [
+        Episode([1], response_ids=[5] * n, reward=r) for r, n in [(1.0, 2), (0.0, 3), (1.0, 1), (1.0, 4)]
+    ]
+    groups.Group(groups.rloo, 2).set_advantages(episodes)
+    assert [e.advantages for e in episodes] == [[1.0] * 2, [-1.0] * 3, [0.0], [0.0] * 4]
 
 
 def test_rloo_is_the_unbiased_policy_gradient():
@@ -55,21 +64,31 @@ def test_gae_is_the_sum_of_discounted_errors():
         deltas = [r + gamma * after - v for r, after, v in zip(rewards, following, values)]
         expected = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, 6)) for t in range(6)]
         assert critic.gae(values, reward, gamma, lam) == pytest.approx(expected)
-    assert critic.gae(values, reward) == pytest.approx([reward - v for v in values])  # the paper's gamma = lambda = 1
+    assert critic.gae(values, reward) == pytest.approx(
+        [reward - v for v in values]
+    )  # the paper's gamma = lambda = 1
     assert critic.gae([], 1.0) == []
 
 
 def test_value_loss_is_the_larger_of_the_clipped_and_the_plain_square():
-    values, old, returns = torch.tensor([0.9, 0.1, 0.5]), torch.tensor([0.5, 0.5, 0.5]), torch.tensor([1.0, 1.0, 0.0])
+    values, old, returns = (
+        torch.tensor([0.9, 0.1, 0.5]),
+        torch.tensor([0.5, 0.5, 0.5]),
+        torch.tensor([1.0, 1.0, 0.0]),
+    )
     # 0.9 is clipped to 0.7: max(0.01, 0.09); 0.1 to 0.3: max(0.81, 0.49); 0.5 stays: 0.25
-    assert critic.value_loss(values, old, returns, 0.2).item() == pytest.approx(0.5 * (0.09 + 0.81 + 0.25) / 3)
-    assert critic.value_loss(values, old, returns, 0.2, num_tokens=6).item() == pytest.approx(0.5 * (0.09 + 0.81 + 0.25) / 6)
+    assert critic.value_loss(values, old, returns, 0.2).item() == pytest.approx(
+        0.5 * (0.09 + 0.81 + 0.25) / 3
+    )
+    assert critic.value_loss(values, old, returns, 0.2, num_tokens=6).item() == pytest.approx(
+        0.5 * (0.09 + 0.81 + 0.25) / 6
+    )
 
 
 def episodes_for_the_critic(seed=0):
     rng = random.Random(seed)
     return [
-        dict(
+        Episode(
             prompt_ids=[1, *rng.choices(range(3, 20), k=rng.randint(2, 6))],
             response_ids=rng.choices(range(2, 20), k=n),
             reward=float(n % 2),
@@ -93,14 +112,17 @@ def test_a_critic_step_is_plain_torch(tiny_model, device, micro_batch_tokens):
     )
     network.set_advantages(episodes)
     for e in episodes:
-        assert e["values"] == [0.0] * len(e["response_ids"])  # the head starts at zero
-        assert e["advantages"] == e["returns"] == [e["reward"]] * len(e["response_ids"])
+        assert e.token_values == [0.0] * len(e.response_ids)  # the head starts at zero
+        assert e.advantages == e.returns == [e.reward] * len(e.response_ids)
 
     torch.manual_seed(0)
     plain = AutoModelForTokenClassification.from_pretrained(tiny_model, num_labels=1).eval()
     with torch.no_grad():
-        for name, parameter in network.model.named_parameters():  # away from zero, so that the backbone learns too
-            if name.startswith("score"):
+        for (
+            name,
+            parameter,
+        ) in network.model.named_parameters():  # away from zero, so that the backbone learns too
+            if name.startswith("network.score"):
                 parameter.fill_(0.01)
         plain.score.weight.fill_(0.01)
         plain.score.bias.fill_(0.01)
@@ -108,15 +130,18 @@ def test_a_critic_step_is_plain_torch(tiny_model, device, micro_batch_tokens):
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2 / round(0.03 * 10**6), weight_decay=0.0)
     loss, tokens, start = 0.0, 0, {name: t.clone() for name, t in plain.state_dict().items()}
     for e in episodes:
-        values = plain(torch.tensor([e["prompt_ids"] + e["response_ids"]])).logits[0, len(e["prompt_ids"]) - 1 : -1, 0]
-        assert values.tolist() == pytest.approx(e["values"], abs=1e-5)  # the value before each token
-        loss, tokens = loss + 0.5 * ((values - e["reward"]) ** 2).sum(), tokens + len(values)  # gamma = lambda = 1: the return is R
+        values = plain(torch.tensor([e.prompt_ids + e.response_ids])).logits[0, len(e.prompt_ids) - 1 : -1, 0]
+        assert values.tolist() == pytest.approx(e.token_values, abs=1e-5)  # the value before each token
+        loss, tokens = (
+            loss + 0.5 * ((values - e.reward) ** 2).sum(),
+            tokens + len(values),
+        )  # gamma = lambda = 1: the return is R
     (loss / tokens).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     optimizer.step()
     metrics = network.update(episodes)
     assert metrics["value_loss"] == pytest.approx((loss / tokens).item(), rel=1e-4)
-    for name, tensor in ppo.full_tensors(network.model):
+    for name, tensor in full_tensors(network.model):
         expected = plain.state_dict()[name]
         assert (tensor - expected).norm() <= 2e-3 * (expected - start[name]).norm() + 1e-9, name
 
@@ -129,50 +154,31 @@ def test_a_critic_learns_what_can_be_told_from_the_prompt_and_is_restored(tiny_m
     explained = []
     for _ in range(15):
         episodes = [
-            dict(prompt_ids=[1, 5 + i % 2, 9], response_ids=rng.choices(range(3, 20), k=rng.randint(2, 8)), reward=float(i % 2 == 0))
+            Episode(
+                prompt_ids=[1, 5 + i % 2, 9],
+                response_ids=rng.choices(range(3, 20), k=rng.randint(2, 8)),
+                reward=float(i % 2 == 0),
+            )
             for i in range(32)
         ]
         network.set_advantages(episodes)
         explained.append(network.update(episodes)["explained_variance"])
     assert explained[0] < 0.05 and explained[-1] > 0.8, explained
-    network.save(tmp_path / "critic")
+    network.save(tmp_path)
     again = critic.Critic(tiny_model, device, **settings)
-    again.load(tmp_path / "critic")
-    assert again.step == network.step == 60
-    other = [dict(e) for e in episodes]
+    again.load(tmp_path)
+    assert again.learner.step == network.learner.step == 60
+    other = [replace(e) for e in episodes]
     network.set_advantages(episodes)
     again.set_advantages(other)
-    assert [e["values"] for e in episodes] == [e["values"] for e in other]
-
-
-# --- steps ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_step_credit_rules():
-    text = "It is 5. So\nthe sum is 9.\n\n#### 9"
-    ids = [*map(ord, text), 0]
-
-    def pieces(rule):
-        cuts = credit.token_boundaries(rule, text, ids, lambda i: "".join(map(chr, filter(None, i))))
-        assert cuts[0] == 0 and cuts[-1] == len(ids)
-        return ["".join(map(chr, ids[a:b])) for a, b in zip(cuts, cuts[1:])]
-
-    assert pieces("newline") == ["It is 5. So", "\nthe sum is 9.", "\n\n#### 9\0"]
-    assert pieces("sentence") == ["It is 5.", " So\nthe sum is 9.\n\n#### 9\0"]
-    assert pieces("tokens:20") == [text[:20], text[20:] + "\0"]
-    assert pieces("tokens:99") == [text + "\0"]
-    assert len(pieces("paper")) == len(vine.split_steps(text)) - 1
-    assert credit.token_boundaries("tokens:3", "", [], None) == [0]
-    for rule in ("line", "tokens:0", "tokens:", "tokens:1.5"):
-        with pytest.raises(ValueError, match="use paper, newline, sentence, or tokens:N"):
-            credit.check(rule)
+    assert [e.token_values for e in episodes] == [e.token_values for e in other]
 
 
 # --- RestEM, DPO+ ---------------------------------------------------------------------------------------------------------------
 
 
 def graded(prompt, text, reward):
-    return dict(prompt_ids=[1, prompt], response_ids=[*map(ord, text)], text=text, reward=reward)
+    return Episode([1, prompt], response_ids=[*map(ord, text)], text=text, reward=reward)
 
 
 EPISODES = [
@@ -184,34 +190,48 @@ EPISODES = [
 
 
 def test_restem_keeps_distinct_right_responses_up_to_the_cap():
-    rows = restem.right_responses(EPISODES, cap=2, seed=0)
-    assert len(rows) == 3 and len({tuple(ids) for ids, _ in rows}) == 3 and all(prompt == 2 for _, prompt in rows)
-    assert sorted(chr(ids[-1]) for ids, _ in restem.right_responses(EPISODES, cap=9, seed=0)) == ["a", "b", "c", "d"]
+    kept = restem.right_responses(EPISODES, cap=2, seed=0)
+    assert len(kept) == 3 and len({(*e.prompt_ids, e.text) for e in kept}) == 3
+    assert sorted(e.text for e in restem.right_responses(EPISODES, cap=9, seed=0)) == ["a", "b", "c", "d"]
 
 
 def test_dpo_pairs_are_of_one_problem_and_no_response_is_in_two():
     pairs = dpo.pairs_of(EPISODES, cap=4, seed=0)
-    assert len(pairs) == 2 and sorted(wrong["text"] for _, wrong in pairs) == ["x", "y"]
-    assert len({right["text"] for right, _ in pairs}) == 2 and all(r["prompt_ids"] == w["prompt_ids"] for r, w in pairs)
+    assert len(pairs) == 2 and sorted(wrong.text for _, wrong in pairs) == ["x", "y"]
+    assert len({right.text for right, _ in pairs}) == 2 and all(
+        r.prompt_ids == w.prompt_ids for r, w in pairs
+    )
     assert len(dpo.pairs_of(EPISODES, cap=1, seed=0)) == 1
 
 
 def test_dpo_positive_against_its_definition_and_autograd():
-    right, wrong = torch.tensor([-3.0, -2.0], requires_grad=True), torch.tensor([-2.5, -4.0], requires_grad=True)
+    right, wrong = (
+        torch.tensor([-3.0, -2.0], requires_grad=True),
+        torch.tensor([-2.5, -4.0], requires_grad=True),
+    )
     ref_right, ref_wrong, beta, penalty = torch.tensor([-2.0, -2.5]), torch.tensor([-2.0, -2.0]), 0.3, 5.0
     loss = dpo.dpo_positive_loss(right, wrong, ref_right, ref_wrong, beta, penalty)
     # first pair: log-ratios -1 and -0.5, the right one has lost 1; second: 0.5 and -2, it has lost nothing
     margins = [beta * (-1.0 + 0.5 - penalty * 1.0), beta * (0.5 + 2.0)]
     assert loss.tolist() == pytest.approx([torch.tensor(-m).exp().log1p().item() for m in margins])
     loss.sum().backward()
-    weights = [1 - torch.sigmoid(torch.tensor(m)).item() for m in margins]  # d loss / d margin = -(1 - sigmoid(margin))
+    weights = [
+        1 - torch.sigmoid(torch.tensor(m)).item() for m in margins
+    ]  # d loss / d margin = -(1 - sigmoid(margin))
     assert right.grad.tolist() == pytest.approx([-weights[0] * beta * (1 + penalty), -weights[1] * beta])
     assert wrong.grad.tolist() == pytest.approx([weights[0] * beta, weights[1] * beta])
 
 
 def test_a_dpo_round_widens_the_margin_and_matches_plain_log_probabilities(tiny_model, device):
     episodes = [graded(p, chr(7 + k) * (2 + k), float(k % 2)) for p in range(3, 11) for k in range(4)]
-    s = dpo.Settings(model=tiny_model, learning_rate=1e-3, batch=4, micro_batch=3, epochs=3.0, cap=2, activation_checkpointing=False)
+    s = dpo.Settings(
+        model=tiny_model,
+        learning_rate=1e-3,
+        batch=4,
+        micro_batch=3,
+        epochs=3.0,
+        cap=2,
+    )
     pairs = dpo.pairs_of(episodes, s.cap, s.seed)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
 
@@ -219,11 +239,11 @@ def test_a_dpo_round_widens_the_margin_and_matches_plain_log_probabilities(tiny_
         return sum(logprobs(r) - logprobs(w) for r, w in pairs)
 
     def by_plain_torch(e):
-        ids = torch.tensor([e["prompt_ids"] + e["response_ids"]])
+        ids = torch.tensor([e.prompt_ids + e.response_ids])
         logprobs = plain(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        return logprobs[len(e["prompt_ids"]) - 1 :].sum().item()
+        return logprobs[len(e.prompt_ids) - 1 :].sum().item()
 
-    model = ppo.load_sharded(tiny_model, device)
+    model = load_sharded(tiny_model, device)
     with torch.no_grad():
         before = margin(lambda e: dpo.response_logprobs(model, [e], device).item())
         assert before == pytest.approx(margin(by_plain_torch), abs=1e-3)
@@ -236,18 +256,27 @@ def test_a_dpo_round_widens_the_margin_and_matches_plain_log_probabilities(tiny_
 def trained(model, device, rank=0, world=1):
     """The weights after an update of the critic, a round of DPO+ and a round of RestEM, by this rank's share of the work: [{name: tensor}]."""
     share = episodes_for_the_critic()[rank::world]
-    network = critic.Critic(model, device, total_steps=4, learning_rate=1e-2, minibatch=4, micro_batch_tokens=1, epochs=2)
+    network = critic.Critic(
+        model, device, total_steps=4, learning_rate=1e-2, minibatch=4, micro_batch_tokens=1, epochs=2
+    )
     with torch.no_grad():
-        network.model.score.weight.add_(0.01)
+        network.model.network.score.weight.add_(0.01)
     for _ in range(2):
         network.set_advantages(share)
         network.update(share)
     policies = [network.model]
     episodes = [graded(p, chr(7 + k) * (2 + k), float(k % 2)) for p in range(3, 11) for k in range(4)]
     for module in (dpo, restem):
-        s = module.Settings(model=model, learning_rate=1e-2, batch=4, micro_batch=1, epochs=1.0, cap=2, activation_checkpointing=False)
+        s = module.Settings(
+            model=model,
+            learning_rate=1e-2,
+            batch=4,
+            micro_batch=1,
+            epochs=1.0,
+            cap=2,
+        )
         policies.append(module.train_round(s, episodes, None, device)[0])
-    return [{name: tensor.clone() for name, tensor in ppo.full_tensors(policy)} for policy in policies]
+    return [{name: tensor.clone() for name, tensor in full_tensors(policy)} for policy in policies]
 
 
 def test_two_ranks_train_the_baselines_as_one_does(tiny_model, device, tmp_path):
@@ -274,36 +303,50 @@ class BeginsWith7:
 @pytest.mark.parametrize("algorithm", ["vineppo", "ppo", "grpo", "rloo", "restem", "dpo"])
 def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, tokenizer, device):
     """From 1 in 22 at random, through the real engine, trainer and critic; what every algorithm gets are the graded responses alone."""
-    engine.load_weights(ppo.full_tensors(ppo.load_sharded(tiny_model, device)))
-    s = train.Settings(responses_per_prompt=32, K=4, step_credit="tokens:1", max_tokens=4, temperature=1.0, top_p=1.0)
-    batch = [(data.Problem("", "", ""), tokenizer(f"{i}+{i}?\n")["input_ids"]) for i in range(4)]
+    engine.load_weights(full_tensors(load_sharded(tiny_model, device)))
+    s = train.Settings(
+        responses_per_prompt=32, K=4, step_credit="tokens:1", max_tokens=4, temperature=1.0, top_p=1.0
+    )
+    batch = [data.Problem("", "", prompt_ids=tokenizer(f"{i}+{i}?\n")["input_ids"]) for i in range(4)]
     settings = dict(total_steps=200, minibatch=64, epochs=2)
     rewards, policy = [], None
     if algorithm in ("restem", "dpo"):
         module = {"restem": restem, "dpo": dpo}[algorithm]
         r = module.Settings(
-            model=tiny_model, learning_rate=1e-3, batch=8, micro_batch=8, cap=64, epochs=4.0, activation_checkpointing=False
+            model=tiny_model,
+            learning_rate=1e-3,
+            batch=8,
+            micro_batch=8,
+            cap=64,
+            epochs=4.0,
         )
     else:
-        trainer = ppo.Trainer(tiny_model, device, learning_rate=1e-3, whiten_advantages=algorithm in ("vineppo", "ppo"), **settings)
-        value_network = critic.Critic(tiny_model, device, learning_rate=1e-3, **settings)
+        trainer = Trainer(
+            tiny_model,
+            device,
+            learning_rate=1e-3,
+            whiten_advantages=algorithm in ("vineppo", "ppo"),
+            **settings,
+        )
+        estimator = {
+            "vineppo": lambda: Vine(engine, BeginsWith7(), s),
+            "ppo": lambda: critic.Critic(tiny_model, device, learning_rate=1e-3, **settings),
+            "grpo": lambda: groups.Group(groups.grpo, s.responses_per_prompt),
+            "rloo": lambda: groups.Group(groups.rloo, s.responses_per_prompt),
+        }[algorithm]()
     for _ in range(12):
-        values = train.Values(engine, BeginsWith7(), s) if algorithm == "vineppo" else None
-        episodes = train.sample_responses(engine, BeginsWith7(), batch, s, values)
-        rewards.append(statistics.mean(e["reward"] for e in episodes))
+        episodes = episodes_for(batch, s.responses_per_prompt)
         if algorithm in ("restem", "dpo"):
+            sample(engine, BeginsWith7(), episodes, s)
             policy, _, _ = module.train_round(r, episodes, policy, device)
-        elif algorithm == "vineppo":
-            values.wait()
-            values.set_advantages(episodes)
-        elif algorithm == "ppo":
-            value_network.set_advantages(episodes)
-            value_network.update(episodes)
         else:
-            groups.set_advantages(episodes, {"grpo": groups.grpo, "rloo": groups.rloo}[algorithm], s.responses_per_prompt)
-        if not policy:
+            sample(engine, BeginsWith7(), episodes, s, on_response=estimator.start)
+            estimator.finish()
+            estimator.set_advantages(episodes)
             trainer.update(episodes)
-        engine.load_weights(ppo.full_tensors(policy or trainer.model))
+            estimator.update(episodes)
+        rewards.append(statistics.mean(e.reward for e in episodes))
+        engine.load_weights(full_tensors(policy or trainer.policy))
     assert rewards[0] < 0.15 and max(rewards[-2:]) > 0.3, rewards
 
 
@@ -336,33 +379,56 @@ def test_two_ranks_that_share_an_engine(tmp_path, tiny_model):
     done = torchrun(2, "train.py", *arguments, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     first, *lines = metrics_of(tmp_path / "run")
-    assert [line["gradient_steps"] for line in lines] == [4, 8] and all(line["logprob_gap"] < 1e-4 for line in lines)
+    assert [line["gradient_steps"] for line in lines] == [4, 8] and all(
+        line["logprob_gap"] < 1e-4 for line in lines
+    )
     # nothing is right, so every advantage is 0 and only the KL penalty is left, which is 0 at the start
     assert all(line["reward"] == 0 and line["zero_advantages"] == 1 for line in lines)
-    assert all(line["rollouts"] == 2 * line["states"] > 0 and line["tokens_values"] > 0 for line in lines)  # each counted once
+    assert all(
+        line["rollouts"] == 2 * line["states"] > 0 and line["tokens_values"] > 0 for line in lines
+    )  # each counted once
     assert lines[0]["policy_loss"] == 0
 
 
 def test_rounds_on_two_ranks_go_through_where_nothing_is_right(tmp_path, tiny_model):
-    arguments = [*SMALL, "--rounds", 1, "--problems_per_round", 5, "--responses_per_prompt", 2, "--model", tiny_model]
+    arguments = [
+        *SMALL,
+        "--rounds",
+        1,
+        "--problems_per_round",
+        5,
+        "--responses_per_prompt",
+        2,
+        "--model",
+        tiny_model,
+    ]
     done = torchrun(2, "-m", "baselines.dpo", *arguments, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     first, line = metrics_of(tmp_path / "run")
-    assert first == {"iteration": 0, "accuracy": 0.0} and line["examples"] == 0 and line["gradient_steps"] == 0
+    assert (
+        first == {"iteration": 0, "accuracy": 0.0} and line["examples"] == 0 and line["gradient_steps"] == 0
+    )
     assert 5 * 2 <= line["tokens_sample"] <= 5 * 2 * 16
     for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict().items():
         assert torch.equal(tensor, AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()[name])
     again = python("-m", "baselines.dpo", *arguments, "--run_dir", tmp_path / "run")
-    assert again.returncode == 1 and "holds a run already" in again.stderr and len(again.stderr.strip().splitlines()) == 1
+    assert (
+        again.returncode == 1
+        and "holds a run already" in again.stderr
+        and len(again.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_bad_input_is_said_by_rank_0_before_torchrun_ends_it(tmp_path):
     done = torchrun(2, "-m", "baselines.dpo", "--batch", 3, "--run_dir", tmp_path)
-    assert done.returncode != 0 and "dpo: --batch 3 does not divide over 2 ranks: take a multiple of 2" in done.stderr
+    assert (
+        done.returncode != 0
+        and "dpo: --batch 3 does not divide over 2 ranks: take a multiple of 2" in done.stderr
+    )
 
 
 if __name__ == "__main__":  # one rank of test_two_ranks_train_the_baselines_as_one_does
-    joined = ppo.init_distributed()
+    joined = init_distributed()
     weights = trained(sys.argv[1], joined, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if torch.distributed.get_rank() == 0:
         torch.save(weights, sys.argv[2])

@@ -21,7 +21,9 @@ def run_chain(expression):
 def test_arithmetic_is_right_disjoint_and_seeded():
     train, test = data.load("arithmetic")
     assert len(train) == 20_000 and len(test) == 500
-    assert not {p.prompt for p in train} & {p.prompt for p in test} and len({p.prompt for p in train}) == 20_000
+    assert (
+        not {p.prompt for p in train} & {p.prompt for p in test} and len({p.prompt for p in train}) == 20_000
+    )
     assert data.load("arithmetic") == (train, test)
     operations = set()
     for p in [*train[:3000], *test]:
@@ -40,8 +42,15 @@ def test_the_demonstrator_slips_on_carries_and_borrows_alone_and_goes_on_from_th
         for line, op, digit in zip(lines, p.prompt[1::2], p.prompt[2::2]):
             before, result = line.split("=")
             assert before == f"{value}{op}{digit}"
-            ones, truth = value % 10, {"+": value.__add__, "-": value.__sub__, "*": value.__mul__}[op](int(digit))
-            is_hard = {"+": ones + int(digit) > 9, "-": ones < int(digit), "*": value > 9 and ones * int(digit) > 9}[op]
+            ones, truth = (
+                value % 10,
+                {"+": value.__add__, "-": value.__sub__, "*": value.__mul__}[op](int(digit)),
+            )
+            is_hard = {
+                "+": ones + int(digit) > 9,
+                "-": ones < int(digit),
+                "*": value > 9 and ones * int(digit) > 9,
+            }[op]
             assert is_hard or int(result) == truth
             hard[op] += is_hard
             slipped[op] += int(result) != truth
@@ -54,8 +63,14 @@ def test_the_demonstrator_slips_on_carries_and_borrows_alone_and_goes_on_from_th
 def test_gsm8k_and_math_load_by_path(shared_data):
     train, test = data.load(shared_data / "gsm8k")
     assert len(train) == 7473 and len(test) == 1319
-    assert test[0].answer == "18" and test[0].prompt.startswith("[MATH_TASK] Problem:\nJanet") and test[0].prompt.endswith("\n\nSolution:")
-    assert test[0].solution.startswith("Janet sells 16 - 3 - 4 = 9 duck eggs a day.\n")  # without calculator marks
+    assert (
+        test[0].answer == "18"
+        and test[0].prompt.startswith("[MATH_TASK] Problem:\nJanet")
+        and test[0].prompt.endswith("\n\nSolution:")
+    )
+    assert test[0].solution.startswith(
+        "Janet sells 16 - 3 - 4 = 9 duck eggs a day.\n"
+    )  # without calculator marks
     assert {p.answer for p in test} >= {"70000", "2,125"} or all(p.answer for p in test)
     train, test = data.load(shared_data / "math")
     assert len(train) == 800 and len(test) == 200 and test[0].answer == "135"
@@ -70,7 +85,13 @@ def test_math_gold_answers_follow_from_the_solutions(shared_data):
 @pytest.mark.parametrize("name", ["math", "gsm8k"])
 def test_hub_datasets_are_read_by_their_columns(monkeypatch, name):
     rows = {
-        "math": {"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2", "subject": "Algebra", "level": 1},
+        "math": {
+            "problem": "1+1?",
+            "solution": "It is $\\boxed{2}$.",
+            "answer": "2",
+            "subject": "Algebra",
+            "level": 1,
+        },
         "gsm8k": {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"},
     }[name]
     asked = []
@@ -81,7 +102,9 @@ def test_hub_datasets_are_read_by_their_columns(monkeypatch, name):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     (problem,), _ = data.load(name)
-    assert asked == [{"math": ("nlile/hendrycks-MATH-benchmark", None), "gsm8k": ("openai/gsm8k", "main")}[name]]
+    assert asked == [
+        {"math": ("nlile/hendrycks-MATH-benchmark", None), "gsm8k": ("openai/gsm8k", "main")}[name]
+    ]
     assert problem.prompt == "[MATH_TASK] Problem:\n1+1?\n\nSolution:" and problem.answer == "2"
     assert "<<" not in problem.solution and problem.solution
 
@@ -122,7 +145,11 @@ def test_own_files_of_every_type(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     "solution,gold",
-    [("a\n#### 1,080", "1,080"), ("so $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"), ("\\boxed{1} then \\boxed{\\text{a}}", "\\text{a}")],
+    [
+        ("a\n#### 1,080", "1,080"),
+        ("so $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+        ("\\boxed{1} then \\boxed{\\text{a}}", "\\text{a}"),
+    ],
 )
 def test_the_gold_answer_may_stand_at_the_end_of_the_solution(tmp_path, solution, gold):
     train, test = data.load(write(tmp_path / "a.jsonl", [{"problem": "x", "solution": solution}] * 2))
@@ -141,15 +168,17 @@ def test_long_prompts_are_skipped_and_counted(tokenizer):
     lengths = [len(p.prompt) + 1 for p in problems]  # one token a character, and BOS
     kept, skipped = data.encode(problems, tokenizer, 16)
     assert skipped == sum(n > 16 for n in lengths) > 0 and len(kept) + skipped == len(problems)
-    for problem, ids in kept:
-        assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == problem.prompt
+    for p in kept:
+        assert p.prompt_ids[0] == tokenizer.bos_token_id and tokenizer.decode(p.prompt_ids[1:]) == p.prompt
 
 
 def test_chat_prompts_stand_in_the_chat_template(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}={{ m['content'] }}{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}={{ m['content'] }}{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+    )
     problem = data.load("arithmetic")[1][0]
-    ((_, ids),), _ = data.encode([problem], tokenizer, 100, chat=True)
-    assert tokenizer.decode(ids) == f"={problem.prompt}#"
+    (encoded,), _ = data.encode([problem], tokenizer, 100, chat=True)
+    assert tokenizer.decode(encoded.prompt_ids) == f"={problem.prompt}#"
     tokenizer.chat_template = None
 
 
@@ -158,11 +187,23 @@ BAD_FILES = [  # file name, content, what the message must say
     ("a.jsonl", "", ["a.jsonl", "empty"]),
     ("a.jsonl", GOOD + "{oops}\n", ["a.jsonl", "line 2"]),
     ("a.jsonl", GOOD + "[1]\n", ["a.jsonl line 2", "not an object"]),
-    ("a.jsonl", GOOD + '{"text": "p", "label": "1"}\n', ["a.jsonl line 2", "problem or question", "found text, label"]),
-    ("a.jsonl", GOOD + '{"problem": "p", "label": "1"}\n', ["a.jsonl line 2", "answer or solution", "found problem, label"]),
+    (
+        "a.jsonl",
+        GOOD + '{"text": "p", "label": "1"}\n',
+        ["a.jsonl line 2", "problem or question", "found text, label"],
+    ),
+    (
+        "a.jsonl",
+        GOOD + '{"problem": "p", "label": "1"}\n',
+        ["a.jsonl line 2", "answer or solution", "found problem, label"],
+    ),
     ("a.jsonl", GOOD + '{"problem": "p", "answer": ""}\n', ["a.jsonl line 2", "no gold answer"]),
     ("a.jsonl", GOOD + '{"problem": "p", "solution": "no box"}\n', ["a.jsonl line 2", "no gold answer"]),
-    ("a.jsonl", GOOD * 2 + '{"problem": "p", "solution": ["a"]}\n', ["a.jsonl line 3", "solution is no text but list"]),
+    (
+        "a.jsonl",
+        GOOD * 2 + '{"problem": "p", "solution": ["a"]}\n',
+        ["a.jsonl line 3", "solution is no text but list"],
+    ),
     ("a.jsonl", GOOD, ["a.jsonl", "one row"]),
     ("a.json", "[", ["a.json", "cannot be read"]),
     ("a.json", "{}", ["a.json", "not a list"]),

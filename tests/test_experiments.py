@@ -1,4 +1,4 @@
-"""The comparison: which runs it plans, and what it makes of their results. The page and the table of a run's solutions; its pictures."""
+"""The programs in experiments/: compare, show, plot, values, bench and naive, balance."""
 
 import json
 import random
@@ -10,18 +10,30 @@ import torch
 from conftest import python
 from transformers import AutoModelForCausalLM
 
-import ppo
 import train
+from baselines import dpo, restem
+from episode import Episode
 from experiments import balance, compare, naive, show, values
+from model import load_sharded
+from ppo import Trainer
+from support.run_folder import write_solutions
+from support.settings import parse
 
 
 def result(accuracies, tokens=100, seconds=2.0):
     """A run of ten iterations between evaluations, four steps each."""
     curve = [{"iteration": 0, "accuracy": accuracies[0], "tokens": 0, "seconds": 0.0}]
     for i in range(1, 10 * (len(accuracies) - 1) + 1):
-        line = {"iteration": i, "gradient_steps": 4 * i, "reward": i / 100, "kl": i / 10, "tokens": tokens * i, "seconds": seconds * i}
+        line = {"iteration": i, "gradient_steps": 4 * i, "reward": i / 100, "kl": i / 10}
+        line |= {"tokens": tokens * i, "seconds": seconds * i}
         curve.append(line | ({"accuracy": accuracies[i // 10]} if i % 10 == 0 else {}))
     return dict(start="0", curve=curve, command="")
+
+
+def searches(method, curve):
+    """{name: result}: the search of a method, with the same curve for every rate and seed."""
+    rates = compare.METHODS[method][1]
+    return {compare.search_name(method, rate, seed): curve for rate in rates for seed in compare.SEARCH_SEEDS}
 
 
 def test_every_planned_command_is_one_that_train_accepts():
@@ -31,14 +43,24 @@ def test_every_planned_command_is_one_that_train_accepts():
             s = train.parse_settings([*command.split()[1:], "--learning_rate", *rate.split()])
             train.check(s, 1)
             episodes = s.prompts_per_iteration * s.responses_per_prompt
-            assert s.iterations * s.epochs * episodes // s.minibatch == 160, method  # all RL methods make as many optimizer steps
+            # all RL methods make as many optimizer steps
+            assert s.iterations * s.epochs * episodes // s.minibatch == 160, method
             assert method in compare.STYLE or search
+
+
+@pytest.mark.parametrize("method, module", [("restem", restem), ("dpo", dpo)])
+def test_every_planned_command_of_a_baseline_is_one_that_it_accepts(method, module):
+    command, rates, *_ = compare.METHODS[method]
+    for rate in rates:
+        options = [*command.split()[2:], "--learning_rate", rate]
+        s, given = parse(module.Settings, options, module.__doc__, train.PRESETS, other=dict(model=None))
+        assert s.learning_rate == float(rate) and (s.rounds, s.batch, s.temperature) == (3, 32, 1.0)
 
 
 def test_the_seeds_that_count_wait_for_the_search_and_use_the_best_rate():
     plan = compare.planned({})
     assert all(name.startswith("search-") for name in plan)
-    found = {compare.search_name("rloo", rate, seed): result([0, 0, 0.5, 0.5]) for rate in compare.LR for seed in compare.SEARCH_SEEDS}
+    found = searches("rloo", result([0, 0, 0.5, 0.5]))
     best = compare.LR[1]
     found[compare.search_name("rloo", best, 100)] = result([0, 0, 0.5, 0.6])
     assert compare.chosen_rate("rloo", found) == compare.chosen_rate("rloo-T0.6", found) == best
@@ -48,7 +70,7 @@ def test_the_seeds_that_count_wait_for_the_search_and_use_the_best_rate():
 
 
 def planned_results(curves):
-    """The curves as results of the commands that are planned for them; the search first, since the others follow from it."""
+    """The curves as results of the commands planned for them; the search first: the others follow from it."""
     found = {}
     for name in sorted(curves, key=lambda name: not name.startswith("search-")):
         found[name] = curves[name] | dict(command=compare.planned(found).get(name, "an older one"))
@@ -57,27 +79,32 @@ def planned_results(curves):
 
 def test_results_of_other_commands_do_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    curves = {compare.search_name("rloo", rate, seed): result([0, 0.5, 0.5]) for rate in compare.LR for seed in compare.SEARCH_SEEDS}
-    found = planned_results(curves | {"rloo-s0": result([0, 1]), "rloo-s1": result([0, 1]), "rloo-s9": result([0, 1])})
+    curves = searches("rloo", result([0, 0.5, 0.5]))
+    found = planned_results(curves | {f"rloo-s{seed}": result([0, 1]) for seed in (0, 1, 9)})
     found["rloo-s1"]["command"] = found["rloo-s1"]["command"].replace(compare.LR[0], compare.LR[1])
     for name, r in found.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(r))
     assert set(compare.load_results()) == set(found) - {"rloo-s1", "rloo-s9"}
     stale = compare.search_name("rloo", compare.LR[2], 100)
     (tmp_path / f"{stale}.json").write_text(json.dumps(found[stale] | dict(command="an older one")))
-    assert set(compare.load_results()) == set(curves) - {stale}  # the search is not complete, so no rate is chosen
+    # the search is not complete, so no rate is chosen
+    assert set(compare.load_results()) == set(curves) - {stale}
 
 
 def test_evaluations_over_seeds():
     first, second = result([0.4, 0.6, 0.5]), result([0.4, 0.8, 0.7], seconds=4.0)
     start, middle, end = compare.evaluations([first["curve"], second["curve"]])
     assert start["accuracy"] == pytest.approx(0.4) and start["half"] == 0 and start["tokens"] == 0
-    assert middle["accuracy"] == pytest.approx(0.7) and middle["half"] == pytest.approx(12.71 * 0.1)  # t(1) s / sqrt(2)
-    assert middle["gradient_steps"] == 40 and middle["tokens"] == 1000 and middle["seconds"] == 20  # ten iterations of the faster seed
-    assert middle["train"] == pytest.approx(statistics.mean(range(5, 16)) / 100) and end["train"] == pytest.approx(0.175)
+    assert middle["accuracy"] == pytest.approx(0.7)
+    assert middle["half"] == pytest.approx(12.71 * 0.1)  # t(1) s / sqrt(2)
+    assert middle["gradient_steps"] == 40 and middle["tokens"] == 1000
+    assert middle["seconds"] == 20  # ten iterations of the faster seed
+    assert middle["train"] == pytest.approx(statistics.mean(range(5, 16)) / 100)
+    assert end["train"] == pytest.approx(0.175)
     assert end["kl"] == pytest.approx(statistics.mean(range(11, 21)) / 10)
     points = [start, middle, end]
-    assert compare.reach(points, 0.55, "tokens") == pytest.approx(500) and compare.reach(points, 0.71, "tokens") is None
+    assert compare.reach(points, 0.55, "tokens") == pytest.approx(500)
+    assert compare.reach(points, 0.71, "tokens") is None
     assert compare.reach(points, 0.3, "tokens") == 0
 
 
@@ -88,17 +115,17 @@ def test_pictures_and_table_come_from_the_results_alone(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit, match="no finished runs"):
         compare.draw()
     runs = {f"vineppo-K9-s{seed}": result([0.4, 0.5, 0.6 + seed / 100]) for seed in range(5)}
-    runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5], tokens=10) for seed in range(2)}  # not all of them have ended
+    # not all of PPO's have ended
+    runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5], tokens=10) for seed in range(2)}
     for method in ("vineppo-K9", "ppo"):
-        runs |= {compare.search_name(method, rate, s): result([0, 0.5, 0.5]) for rate in compare.METHODS[method][1] for s in (100, 101)}
+        runs |= searches(method, result([0, 0.5, 0.5]))
     for name, r in planned_results(runs).items():
         (folder / f"{name}.json").write_text(json.dumps(r))
     compare.draw()
     table = (folder.parent / "compare.md").read_text()
     assert table == capsys.readouterr().out
-    assert (
-        "| VinePPO, K = 9 | 2e-5 | 5 | 0.620 ± 0.020 | 0.620 | 40 | 1,000 | 20 | 2,000 | 40 |" in table
-    )  # reaches 0.5 at the first evaluation
+    cells = "2e-5 | 5 | 0.620 ± 0.020 | 0.620 | 40 | 1,000 | 20 | 2,000 | 40"
+    assert f"| VinePPO, K = 9 | {cells} |" in table
     assert "| PPO | 1e-5 | 2 | 0.500 ± 0.000 | 0.500 | 80 | 200 | 40 | 200 | 40 |" in table
     for picture in ("compare.png", "compare-more.png"):
         assert (folder.parent / picture).stat().st_size > 20_000
@@ -109,12 +136,14 @@ HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & \u202e \x1b[2J"
 
 def solution(text=HOSTILE):
     step = dict(text=text, advantage=-0.5, value=0.5, right=2, K=4, rollouts=[[0.0, text]])
-    return dict(prompt=text, answer=text, reward=0.0, finished=False, steps=[step, dict(text="\nb", advantage=0.0, value=None)])
+    steps = [step, dict(text="\nb", advantage=0.0, value=None)]
+    return dict(prompt=text, answer=text, reward=0.0, finished=False, steps=steps)
 
 
 def test_the_page_holds_the_models_text_as_data_alone():
     page = show.as_page(HOSTILE, [solution()])
-    assert page.count("<script") == page.count("</script>") == 2 and "alert(1)</" not in page and "<!--" not in page
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "alert(1)</" not in page and "<!--" not in page
     data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
     assert json.loads(data) == dict(title=HOSTILE, solutions=[solution()])
     assert not re.search(r"(src|href)\s*=|@import|url\(", page)  # nothing is loaded from anywhere
@@ -122,43 +151,56 @@ def test_the_page_holds_the_models_text_as_data_alone():
 
 def test_a_solution_in_the_terminal():
     lines = show.as_text(solution("x = 5\n")).splitlines()
-    assert lines[-3].split(maxsplit=4) == ["0", "0.50", ".", "-0.50", "x = 5"] and lines[-2].split(maxsplit=4) == [
-        "1",
-        ".",
-        ".",
-        "+0.00",
-        "b",
-    ]
+    assert lines[-3].split(maxsplit=4) == ["0", "0.50", ".", "-0.50", "x = 5"]
+    assert lines[-2].split(maxsplit=4) == ["1", ".", ".", "+0.00", "b"]
     assert lines[-1] == "reward 0, the answer is x = 5; unfinished"
     assert "\x1b" not in show.as_text(solution())
 
 
-def test_show_and_plot_from_the_shell(tmp_path):
+def assert_one_line(done, about):
+    """A program that was refused said why."""
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and str(about) in done.stderr
+
+
+def test_show_from_the_shell(tmp_path):
     run = tmp_path / "run"
-    for script in ("show", "plot"):
-        done = python(f"experiments/{script}.py", run)
-        assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and str(run) in done.stderr
-    show.write(run / "episodes" / "000020.jsonl.gz", [solution()] * 3)
-    assert show.read(run / "episodes" / "000020.jsonl.gz") == [solution()] * 3
+    done = python("experiments/show.py", run)
+    assert_one_line(done, run)
+    write_solutions(run / "episodes" / "000020.jsonl.gz", [solution()] * 3)
     assert "--iteration 3 was not stored" in python("experiments/show.py", run, "--iteration", 3).stderr
     assert "the iteration has the solutions 0 to 2" in python("experiments/show.py", run, "--text", 3).stderr
     assert python("experiments/show.py", run, "--text", 2).stdout.rstrip().endswith("unfinished")
-    assert "3 solutions of iteration 20" in python("experiments/show.py", run, "--out", tmp_path / "page.html").stdout
+    done = python("experiments/show.py", run, "--out", tmp_path / "page.html")
+    assert "3 solutions of iteration 20" in done.stdout
     assert "run, iteration 20" in (tmp_path / "page.html").read_text()
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in result([0.1, 0.2])["curve"]))
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
-    for folder, rate in ((run, 0.1), (other, 0.2)):
-        (folder / "settings.json").write_text(
-            json.dumps(dict(dataset="arithmetic", algorithm="vineppo", learning_rate=rate, run_dir=str(folder)))
-        )
-    done = python("experiments/plot.py", run, other, "--out", tmp_path / "both.png")
-    assert done.returncode == 0 and (tmp_path / "both.png").stat().st_size > 20_000, done.stderr
-    assert "learning_rate 0.1" in done.stdout and "learning_rate 0.2" in done.stdout and "run_dir" not in done.stdout
 
 
-# --- the analysis of values ---------------------------------------------------------------------------------------------------------
+def test_plot_from_the_shell(tmp_path):
+    runs = tmp_path / "run", tmp_path / "other"
+    done = python("experiments/plot.py", runs[0])
+    assert_one_line(done, runs[0])
+    for run, rate in zip(runs, (0.1, 0.2)):
+        run.mkdir()
+        lines = [json.dumps(line) + "\n" for line in result([0.1, 0.2])["curve"]]
+        (run / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 11, "rew')  # killed while it wrote
+        settings = dict(dataset="arithmetic", algorithm="vineppo", learning_rate=rate, run_dir=str(run))
+        (run / "settings.json").write_text(json.dumps(settings))
+    for chosen, picture in ((runs[:1], "one.png"), (runs, "both.png")):
+        done = python("experiments/plot.py", *chosen, "--out", tmp_path / picture)
+        assert done.returncode == 0 and (tmp_path / picture).stat().st_size > 20_000, done.stderr
+    assert "learning_rate 0.1" in done.stdout and "learning_rate 0.2" in done.stdout
+    assert "run_dir" not in done.stdout
+
+
+# --- the analysis of values ---
+
+
+def test_an_older_runs_settings_are_read_without_what_is_gone(tmp_path):
+    older = dict(dataset="arithmetic", model="runs/sft", K=4, grader_workers=2, keep_checkpoints=2, plan=None)
+    (tmp_path / "settings.json").write_text(json.dumps(older))
+    s = values.settings_of(tmp_path)
+    assert (s.dataset, s.model, s.K) == ("arithmetic", "runs/sft", 4)
 
 
 def test_estimates_never_use_the_rollouts_of_the_truth():
@@ -170,17 +212,24 @@ def test_estimates_never_use_the_rollouts_of_the_truth():
 
 
 def test_accuracy_of_estimators_that_are_known():
-    """Values uniform on 0..1, truth by 50 rollouts, estimates by 9: the noise of the truth is taken out, V(1 - V) / 9 is left."""
+    """Values uniform on 0..1, truth by 50 rollouts, estimates by 9.
+
+    Without the noise of the truth V(1 - V) / 9 is left.
+    """
     rng, rows = random.Random(0), []
     for _ in range(4000):
         v = rng.random()
         row = values.estimates([float(rng.random() < v) for _ in range(59)], 50)
         rows.append(row | {"exact": v, "shifted": v + 0.1, "constant": 0.5})
-    exact, shifted, constant, nine = (values.accuracy_of(rows, name) for name in ("exact", "shifted", "constant", "K=9"))
-    assert exact["explained_without_noise"] == pytest.approx(1.0, abs=0.005) and exact["explained"] < 0.98
-    assert shifted["bias"] == pytest.approx(0.1, abs=0.01) and shifted["correlation"] == pytest.approx(exact["correlation"])
+    names = ("exact", "shifted", "constant", "K=9")
+    exact, shifted, constant, nine = (values.accuracy_of(rows, name) for name in names)
+    assert exact["explained"] < 0.98
+    assert exact["explained_without_noise"] == pytest.approx(1.0, abs=0.005)
+    assert shifted["bias"] == pytest.approx(0.1, abs=0.01)
+    assert shifted["correlation"] == pytest.approx(exact["correlation"])
     assert constant["explained"] == pytest.approx(0.0, abs=0.01) and constant["correlation"] == 0.0
-    assert nine["explained_without_noise"] == pytest.approx(1 - (1 / 6 / 9) / (1 / 12), abs=0.02)  # E V(1 - V) = 1/6, Var V = 1/12
+    expected = 1 - (1 / 6 / 9) / (1 / 12)  # E V(1 - V) = 1/6, Var V = 1/12
+    assert nine["explained_without_noise"] == pytest.approx(expected, abs=0.02)
     assert nine["mae"] > exact["mae"] > 0
 
 
@@ -190,7 +239,8 @@ def test_ranking_counts_pairs_that_differ_and_splits_ties():
 
     group = [row(0.9, 1.0), row(0.5, 1.0), row(0.1, 0.0), row(0.11, 0.5)]  # the last two do not differ
     found = values.ranking_of([group], "x")
-    assert found == dict(pairs=pytest.approx(4.5 / 5), top1=0.5, number_of_pairs=5, number_of_states=1)  # 0.9 and 0.5 are tied
+    # 0.9 and 0.5 are tied
+    assert found == dict(pairs=pytest.approx(4.5 / 5), top1=0.5, number_of_pairs=5, number_of_states=1)
     assert values.ranking_of([[row(0.5, 0.0), row(0.51, 1.0), row(0.49, 0.3)]], "x")["pairs"] is None
     chance = values.ranking_of([group, group[:2]], "truth")
     assert chance["pairs"] == chance["top1"] == 1.0 and chance["number_of_pairs"] == 6
@@ -205,43 +255,50 @@ def test_the_limit_of_large_k_takes_out_what_falls_as_one_over_k():
 
 def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, device):
     """One after the other, as for several estimators on the same responses; against plain autograd."""
-    model, plain = ppo.load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
-    episodes = [dict(prompt_ids=[1, 4 + i], response_ids=[5, 6 + i, 7]) for i in range(3)]
+    policy, plain = load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
+    episodes = [Episode([1, 4 + i], response_ids=[5, 6 + i, 7]) for i in range(3)]
     for advantages in ([[1.0, 0.5, -1.0]] * 3, [[0.0] * 3, [2.0, 0.0, 0.0], [0.0, -1.0, 0.0]]):
         plain.zero_grad()
         for e, a in zip(episodes, advantages):
-            ids = torch.tensor([e["prompt_ids"] + e["response_ids"]])
+            ids = torch.tensor([e.prompt_ids + e.response_ids])
             logprobs = (plain(ids).logits[0, 1:-1] / 0.7).log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
             (-(logprobs * torch.tensor(a)).sum() / 3).backward()
         expected = sum((p.grad**2).sum() for p in plain.parameters()).item()
-        assert values.squared_gradient(model, episodes, advantages, 0.7, device) == pytest.approx(expected, rel=1e-4)
+        found = values.squared_gradient(policy, episodes, advantages, 0.7, device)
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_of_the_comparison_can_be_made_again_by_its_name():
     done = python("experiments/compare.py", "again", "vineppo-K10-s0")
-    assert done.returncode == 1 and "there is no run vineppo-K10-s0: name one of " in done.stderr and "vineppo-K9-s0" in done.stderr
+    assert done.returncode == 1
+    assert "there is no run vineppo-K10-s0: name one of " in done.stderr
+    assert "vineppo-K9-s0" in done.stderr
 
 
 def test_values_refuses_what_is_no_checkpoint(tmp_path):
     done = python("experiments/values.py", tmp_path)
-    assert done.returncode == 1 and done.stderr.strip() == f"values.py: {tmp_path} is no RUN/checkpoints/N of train.py"
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"values.py: {tmp_path} is no RUN/checkpoints/N of train.py"
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------------------
+# --- speed ---
 
 
 def test_the_plain_trainer_of_the_benchmark_makes_the_same_update(tiny_model, device):
     """It is compared with in time and memory, so it must do the same work: one optimizer step with both."""
-    rng = random.Random(0)
-    ids = lambda n: [rng.randrange(2, 20) for _ in range(n)]
-    episodes = [dict(prompt_ids=ids(5), response_ids=ids(n), advantages=[rng.gauss(0, 1)] * n) for n in (3, 9, 1, 6)]
+    rng, episodes = random.Random(0), []
+    for n in (3, 9, 1, 6):
+        prompt, response = ([rng.randrange(2, 20) for _ in range(length)] for length in (5, n))
+        advantages = [rng.gauss(0, 1)] * n
+        episodes.append(Episode(prompt, response_ids=response, advantages=advantages))
     options = dict(learning_rate=1e-3, minibatch=4, epochs=1)
-    ours, plain = ppo.Trainer(tiny_model, device, total_steps=1, **options), naive.Trainer(tiny_model, device, micro_batch=2, **options)
+    ours = Trainer(tiny_model, device, total_steps=1, **options)
+    plain = naive.Trainer(tiny_model, device, micro_batch=2, **options)
     before = {name: p.clone() for name, p in plain.model.named_parameters()}
     ours.update(episodes)
     plain.update(episodes)
     assert any(not torch.equal(before[name], p) for name, p in plain.model.named_parameters())
-    for (name, a), b in zip(ours.model.named_parameters(), plain.model.parameters()):
+    for (name, a), b in zip(ours.policy.named_parameters(), plain.model.parameters()):
         torch.testing.assert_close(a.full_tensor(), b, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -254,5 +311,6 @@ def test_the_benchmark_finds_the_value_prompts_in_the_prefix_cache():
 
 def test_the_simulated_ranks_wait_less_where_the_states_are_dealt():
     solutions = [[0, 40, 80]] * 9 + [list(range(0, 901, 30))]  # one problem of ten is long
-    (alone, waits), (dealt, waits_less) = (balance.iteration("DeepSeekMath-7B", solutions, spread, 8, 0) for spread in (False, True))
+    found = [balance.iteration("DeepSeekMath-7B", solutions, evened, 8, 0) for evened in (False, True)]
+    (alone, waits), (dealt, waits_less) = found
     assert dealt < 0.9 * alone and waits_less < waits

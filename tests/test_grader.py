@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, torchrun
 
 import grader
+from support import answers
+from support.symbolic import Workers
 
 SAME = {  # kind: "answer | gold"
     "fractions": r"""
@@ -322,31 +324,43 @@ def test_is_correct_is_the_same_grader():
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda a: ascii(a[:30]))
-def test_hostile_answers_are_wrong_within_two_seconds(one_grader, answer):
-    start = time.perf_counter()
+def test_hostile_answers_are_wrong(one_grader, answer):
+    """Each of them: what hangs is given up, what would be executed is not, what kills its worker does not kill ours."""
     assert one_grader.grade([f"#### {answer}", f"\\boxed{{{answer}}}"], ["7", r"\sqrt{7}"]) == [False, False]
-    assert time.perf_counter() - start < 4.5  # two pairs, one after the other
     assert not os.path.exists("pwned")
 
 
-def test_hostile_answers_do_not_delay_the_others():
-    both = grader.Grader(workers=2, timeout=1.0)
+def test_a_hostile_answer_does_not_hold_up_the_others():
+    both = grader.Grader(workers=2, timeout=8.0)  # so long that a busy machine does not end the others too
     both.grade([r"\boxed{\sqrt{8}}"] * 2, [r"\sqrt{2}", r"\sqrt{3}"])  # the workers are up
     texts = [r"\boxed{9^{9^{9^{9^{9}}}}}"] + [rf"\boxed{{\sqrt{{{n}}}+x}}" for n in range(2, 32)]
     golds = [r"\sqrt{2}"] + [rf"x+\sqrt{{{n}}}" for n in range(2, 32)]
-    start = time.perf_counter()
+    pairs = both.start(texts, golds)
+    others = [both._started[pair] for pair in pairs[1:]]
+    assert (
+        all(other.result() for other in others) and not both._started[pairs[0]].done()
+    )  # while that one still hangs
     assert both.grade(texts, golds) == [False] + [True] * 30
-    assert time.perf_counter() - start < 4
     assert both.counts["timed_out"] == 1
     both.close()
 
 
 def test_many_hostile_parts_share_one_time_limit():
-    g = grader.Grader(workers=1, timeout=1.0)
-    start = time.perf_counter()
+    g, given, ask = grader.Grader(workers=1, timeout=1.0), [], Workers.ask
+
+    def ask_and_note(answer, gold, seconds):
+        reply, took = ask(g._workers, answer, gold, seconds)
+        given.append((seconds, took))
+        return reply, took
+
+    g._workers.ask = ask_and_note
     tower = "9^{9^{9^{9^{9}}}}"
-    assert g.grade([rf"\boxed{{{tower},{tower}+1,{tower}+2,{tower}+3}}"], [r"\sqrt2,\sqrt3,\sqrt5,\sqrt7"]) == [False]
-    assert time.perf_counter() - start < 2
+    assert g.grade(
+        [rf"\boxed{{{tower},{tower}+1,{tower}+2,{tower}+3}}"], [r"\sqrt2,\sqrt3,\sqrt5,\sqrt7"]
+    ) == [False]
+    assert given[0][0] == 1.0
+    for (seconds, took), (later, _) in zip(given, given[1:]):
+        assert later == pytest.approx(seconds - took)
     g.close()
 
 
@@ -371,7 +385,9 @@ def test_counts_and_the_cache():
 def test_works_from_threads():
     g, results = grader.Grader(workers=2), []
     threads = [
-        threading.Thread(target=lambda n=n: results.append(g.grade([rf"\boxed{{\sqrt{{{n * n * 2}}}}}"], [rf"{n}\sqrt2"])))
+        threading.Thread(
+            target=lambda n=n: results.append(g.grade([rf"\boxed{{\sqrt{{{n * n * 2}}}}}"], [rf"{n}\sqrt2"]))
+        )
         for n in range(2, 8)
     ]
     for t in threads:
@@ -387,7 +403,10 @@ def workers_of(tag):
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if tag.encode() in open(f"/proc/{pid}/environ", "rb").read() and b"grader.py" in open(f"/proc/{pid}/cmdline", "rb").read():
+            if (
+                tag.encode() in open(f"/proc/{pid}/environ", "rb").read()
+                and b"symbolic.py" in open(f"/proc/{pid}/cmdline", "rb").read()
+            ):
                 found.append(int(pid))
         except OSError:
             pass
@@ -410,7 +429,10 @@ def test_no_worker_outlives_its_program(tmp_path, ending):
     script.write_text(SCRIPT.replace("\\\\", "\\"))
     environment = os.environ | {"GRADER_TEST": str(tmp_path), "PYTHONPATH": str(ROOT)}
     program = subprocess.Popen(
-        [sys.executable, script, "wait" if ending == "killed" else "end"], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, script, "wait" if ending == "killed" else "end"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert program.stdout.readline() == "[True, True]\n"
     if ending == "killed":
@@ -433,17 +455,25 @@ def test_works_under_torchrun(tmp_path):
 def test_math_gold_answers_equal_themselves_and_not_the_next(shared_data):
     import json
 
-    golds = sorted({json.loads(line)["answer"] for line in (shared_data / "math" / "train.jsonl").read_text().splitlines()})
+    golds = sorted(
+        {
+            json.loads(line)["answer"]
+            for line in (shared_data / "math" / "train.jsonl").read_text().splitlines()
+        }
+    )
     g = grader.Grader(workers=2)
     assert all(g.grade([f"\\boxed{{{gold}}}" for gold in golds], golds))
     spaced = [gold.replace("+", " + ").replace("\\frac", "\\dfrac").replace(",", ", ") for gold in golds]
     assert all(
         g.grade(
-            [f"\\boxed{{{answer}.}}" for answer in spaced if ", \\!" not in answer], [a for a, s in zip(golds, spaced) if ", \\!" not in s]
+            [f"\\boxed{{{answer}.}}" for answer in spaced if ", \\!" not in answer],
+            [a for a, s in zip(golds, spaced) if ", \\!" not in s],
         )
     )
     wrong = g.grade([f"\\boxed{{{gold}}}" for gold in golds], golds[1:] + golds[:1])
     accepted = [(a, b) for a, b, w in zip(golds, golds[1:] + golds[:1], wrong) if w]
-    assert all(grader._number(grader._normal(a)) is not None for a, _ in accepted), accepted  # 0.5 beside \frac12 are equal
+    assert all(answers._number(answers._normal(a)) is not None for a, _ in accepted), (
+        accepted
+    )  # 0.5 beside \frac12 are equal
     assert g.counts["timed_out"] == 0
     g.close()

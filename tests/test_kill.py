@@ -17,10 +17,34 @@ from conftest import ROOT, left_running, our_environment, torchrun
 from transformers import AutoModelForCausalLM
 
 import ppo
-import run_folder
+from support import run_folder
 
-ARGUMENTS = ["--dataset", "arithmetic", "--prompts_per_iteration", 2, "--responses_per_prompt", 2, "--minibatch", 4, "--K", 1]
-ARGUMENTS += ["--max_tokens", 16, "--eval_problems", 4, "--eval_samples", 1, "--eval_every", 5, "--save_every", 1, "--store_every", 3]
+ARGUMENTS = [
+    "--dataset",
+    "arithmetic",
+    "--prompts_per_iteration",
+    2,
+    "--responses_per_prompt",
+    2,
+    "--minibatch",
+    4,
+    "--K",
+    1,
+]
+ARGUMENTS += [
+    "--max_tokens",
+    16,
+    "--eval_problems",
+    4,
+    "--eval_samples",
+    1,
+    "--eval_every",
+    5,
+    "--save_every",
+    1,
+    "--store_every",
+    3,
+]
 
 
 def metrics_of(run):
@@ -65,7 +89,11 @@ def start_and_kill(command, run, marker, rng, moment, further):
     if moment == "saving":
         wait_until(lambda: writes(run, start))
         time.sleep(rng.uniform(0, 0.02))
-    hit = "finished" if process.poll() is not None else moment + (", while it writes" if writes(run, start) else "")
+    hit = (
+        "finished"
+        if process.poll() is not None
+        else moment + (", while it writes" if writes(run, start) else "")
+    )
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -83,23 +111,39 @@ SHORT = ["saving", "training"]
 LONG = ["any", "training", "training", "saving", "saving", "saving"] * 6
 
 
-@pytest.mark.parametrize("moments,iterations", [(SHORT, 12), pytest.param(LONG, 400, marks=pytest.mark.slow)], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "moments,iterations",
+    [(SHORT, 12), pytest.param(LONG, 400, marks=pytest.mark.slow)],
+    ids=["short", "long"],
+)
 def test_a_run_that_is_killed_again_and_again_ends_whole(moments, iterations, tmp_path, tiny_model):
     rng, run, hits = random.Random(0), tmp_path / "run", []
-    command = [*map(str, ["train.py", *ARGUMENTS, "--model", tiny_model, "--run_dir", run, "--iterations", iterations])]
+    command = [
+        *map(
+            str, ["train.py", *ARGUMENTS, "--model", tiny_model, "--run_dir", run, "--iterations", iterations]
+        )
+    ]
     for moment in moments:
         done = run_folder.newest_checkpoint(run)[0]
         hits.append(start_and_kill(command, run, tmp_path.name, rng, moment, further=5))
         assert run_folder.newest_checkpoint(run)[0] >= done  # nothing that was saved is lost
         print(hits[-1], run_folder.newest_checkpoint(run)[0], flush=True)
-    assert "finished" not in hits and (moments is SHORT or sum("while it writes" in hit for hit in hits) >= 6), hits
+    assert "finished" not in hits and (
+        moments is SHORT or sum("while it writes" in hit for hit in hits) >= 6
+    ), hits
     done = torchrun(2, *command)
     assert done.returncode == 0, done.stderr
     lines = metrics_of(run)
     assert [line["iteration"] for line in lines] == list(range(iterations + 1))
     for i, line in enumerate(lines[1:]):
-        assert line["learning_rate"] == pytest.approx(ppo.learning_rate(2 * i + 0.5, 2 * iterations, 1e-4), rel=0.1, abs=1e-7)
-        assert ("accuracy" in line) == ((i + 1) % 5 == 0 or i + 1 == iterations) and line["logprob_gap"] < 1e-3
+        assert line["learning_rate"] == pytest.approx(
+            ppo.learning_rate(2 * i + 0.5, 2 * iterations, 1e-4), rel=0.1, abs=1e-7
+        )
+        assert ("accuracy" in line) == ((i + 1) % 5 == 0 or i + 1 == iterations) and line[
+            "logprob_gap"
+        ] < 1e-3
     AutoModelForCausalLM.from_pretrained(run / "model")
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted([str(iterations - 1), str(iterations)])
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted(
+        [str(iterations - 1), str(iterations)]
+    )
     assert sorted(p.name for p in (run / "episodes").iterdir())[:2] == ["000001.jsonl.gz", "000003.jsonl.gz"]

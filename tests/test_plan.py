@@ -1,4 +1,4 @@
-"""The plan against what FSDP2 does with the paper's two models on eight ranks; all on the meta device."""
+"""The plan against what FSDP2 does with the paper's two models on eight ranks: on the meta device."""
 
 import sys
 
@@ -6,20 +6,26 @@ import pytest
 from conftest import python
 from transformers import LlamaConfig
 
-import plan
 import train
+from experiments import plan
 
 SIZES = dict(  # as published
     rho=dict(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
-        max_position_embeddings=2048, dtype="bfloat16",
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16",
     ),
     deepseekmath=dict(
-        vocab_size=102400, hidden_size=4096, intermediate_size=11008, num_hidden_layers=30, num_attention_heads=32, num_key_value_heads=32,
-        max_position_embeddings=4096, dtype="bfloat16",
+        vocab_size=102400, hidden_size=4096, intermediate_size=11008, num_hidden_layers=30,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, dtype="bfloat16",
     ),
 )  # fmt: skip
 PARAMETERS = dict(rho=1.10e9, deepseekmath=6.91e9)
+
+
+def training(name, *options):
+    """What a rank of eight needs while it trains."""
+    s = train.parse_settings(["--dataset", "math", *options])
+    return plan.memory(LlamaConfig(**SIZES[name]), s, 8, 80e9)["training"]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -27,26 +33,49 @@ def test_a_rank_holds_what_the_plan_says(name):
     done = python(__file__, name)
     assert done.returncode == 0, done.stderr
     held, all_of_them = map(int, done.stdout.split())
-    s = train.parse_settings(["--dataset", "math"])
-    parts = plan.memory(LlamaConfig(**SIZES[name]), s, 8, 80e9)["training"]
+    parts = training(name)
     assert all_of_them == pytest.approx(PARAMETERS[name], rel=0.01)
     assert parts["weights, fp32"] == parts["gradients, fp32"] == parts["AdamW, fp32"] / 2 == 4 * held
 
 
-@pytest.mark.parametrize("name, ranks, fits", [("rho", 8, True), ("rho", 1, True), ("deepseekmath", 8, True), ("deepseekmath", 1, False)])
-def test_the_papers_models_fit_eight_gpus_and_the_program_says_so(name, ranks, fits, tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    "name, gpus, fits",
+    [("rho", 8, True), ("rho", 1, True), ("deepseekmath", 8, True), ("deepseekmath", 1, False)],
+)
+def test_the_papers_models_fit_eight_gpus_and_the_program_says_so(name, gpus, fits, tmp_path):
     LlamaConfig(**SIZES[name]).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    done = python("train.py", "--dataset", "math", "--model", tmp_path, "--plan", ranks)
-    assert done.returncode == (not fits) and ("does not fit" not in done.stdout) == fits, done.stdout + done.stderr
-    assert f"on {ranks} GPUs of 80 GB" in done.stdout
+    done = python("experiments/plan.py", "--dataset", "math", "--model", tmp_path, "--gpus", gpus)
+    assert done.returncode == (not fits), done.stdout + done.stderr
+    assert ("does not fit" not in done.stdout) == fits
+    assert f"on {gpus} GPUs of 80 GB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "--gpus is missing: it must be a number of GPUs, at least 1"),
+        (["--gpus", "none"], "--gpus none must be a number of GPUs, at least 1"),
+        (["--gpus", "0"], "--gpus 0 must be a number of GPUs, at least 1"),
+        (["--gpus", "3"], "--prompts_per_iteration 64 does not divide over 3 ranks: take a multiple of 3"),
+        (["--gpus", "8", "--K", "0"], "--K 0 must be at least 1"),
+        (["--gpus", "8", "--model", "no/such/model/here"], "--model no/such/model/here cannot be loaded"),
+    ],
+)
+def test_bad_input_gets_one_line(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--dataset", "math", *options])
+    with pytest.raises(SystemExit) as ended:
+        plan.main()
+    line = ended.value.code
+    assert line.startswith(f"plan.py: {message}") and "\n" not in line
 
 
 def test_a_value_network_and_a_larger_budget_cost_memory():
-    config, settings = LlamaConfig(**SIZES["rho"]), ["--dataset", "math"]
-    total = lambda *more: sum(plan.memory(config, train.parse_settings([*settings, *more]), 8, 80e9)["training"].values())
-    assert total("--algorithm", "ppo") - total() == pytest.approx(12 * PARAMETERS["rho"] / 8, rel=0.01)
-    assert total("--micro_batch_tokens", "16384") > total() > total("--micro_batch_tokens", "2048")
+    total, with_critic = (sum(training("rho", *o).values()) for o in ([], ["--algorithm", "ppo"]))
+    assert with_critic - total == pytest.approx(12 * PARAMETERS["rho"] / 8, rel=0.01)
+    larger, smaller = (
+        sum(training("rho", "--micro_batch_tokens", tokens).values()) for tokens in ("16384", "2048")
+    )
+    assert larger > total > smaller
 
 
 if __name__ == "__main__":  # one of eight ranks, without the others

@@ -13,7 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, MistralForCausalLM
 
+import model as networks
 import ppo
+from episode import Episode
+from model import ChunkedLogprobs, device_mesh, full_tensors, load_sharded, save_pretrained, token_entropy
+from support.ranks import init_distributed
 
 
 def random_tokens(count=15, seed=0):
@@ -44,10 +48,16 @@ def test_loss_and_gradient_equal_the_plain_formula(clip, kl_coef):
 
 
 def test_metrics_mean_what_their_names_say():
-    ratio, advantages, old = torch.tensor([1.0, 1.5, 0.5, 1.5]), torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.zeros(4)
+    ratio, advantages, old = (
+        torch.tensor([1.0, 1.5, 0.5, 1.5]),
+        torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        torch.zeros(4),
+    )
     _, metrics = ppo.ppo_loss(ratio.log(), old, old, advantages, 1)
     assert metrics["ratio"].item() == pytest.approx(4.5 / 4)
-    assert metrics["clip_fraction"].item() == 0.5  # the second and the third; for the last the bound does not bite
+    assert (
+        metrics["clip_fraction"].item() == 0.5
+    )  # the second and the third; for the last the bound does not bite
     expected = sum(r - 1 - math.log(r) for r in (1.0, 1.5, 0.5, 1.5)) / 4
     assert metrics["approx_kl"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -64,7 +74,9 @@ def test_kl_is_k3_and_clipped_to_ten():
 def test_losses_of_micro_batches_add_up():
     tokens = random_tokens()
     whole, metrics = ppo.ppo_loss(*tokens, 6)
-    parts = [ppo.ppo_loss(*[t[a:b] for t in tokens], 6, 15) for a, b in ((0, 4), (4, 4), (4, 15))]  # one is empty
+    parts = [
+        ppo.ppo_loss(*[t[a:b] for t in tokens], 6, 15) for a, b in ((0, 4), (4, 4), (4, 15))
+    ]  # one is empty
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
     for name, value in metrics.items():
         torch.testing.assert_close(sum(m[name] for _, m in parts), value)
@@ -78,9 +90,11 @@ def test_whiten_has_mean_zero_and_unbiased_variance_one():
 
 
 def test_entropy_of_a_uniform_and_a_tempered_distribution():
-    assert ppo.token_entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
+    assert token_entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
     p = torch.tensor([0.2, 0.3, 0.5])
-    assert ppo.token_entropy(2 * p.log()[None], temperature=2.0).item() == pytest.approx(-(p * p.log()).sum().item())
+    assert token_entropy(2 * p.log()[None], temperature=2.0).item() == pytest.approx(
+        -(p * p.log()).sum().item()
+    )
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------------------
@@ -88,39 +102,41 @@ def test_entropy_of_a_uniform_and_a_tempered_distribution():
 
 def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_model, device, monkeypatch):
     """Neighbours in the row do not see each other; neither the chunks of the head nor the empty pass change anything."""
-    monkeypatch.setattr(ppo, "LOGITS", 3 * 20)  # chunks of a few tokens
-    model, plain = ppo.load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
-    batch = ppo.collate(episodes(), ["advantages"], device)
-    m = ppo.micro_batch(batch, [5, 0, 3])
-    got = ppo.token_logprobs(model, m, temperature=0.6)
+    monkeypatch.setattr(networks, "LOGITS", 3 * 20)  # chunks of a few tokens
+    model, plain = load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
+    m = ppo.micro_batch(episodes(), [5, 0, 3], device)
+    got = model(m, temperature=0.6)
     expected = []
     for i in (5, 0, 3):
         e = episodes()[i]
-        ids = torch.tensor(e["prompt_ids"] + e["response_ids"])
+        ids = torch.tensor(e.prompt_ids + e.response_ids)
         logits = plain(ids[None]).logits[0].double() / 0.6
-        expected += [logits[t - 1, ids[t]] - logits[t - 1].logsumexp(0) for t in range(len(e["prompt_ids"]), len(ids))]
+        expected += [
+            logits[t - 1, ids[t]] - logits[t - 1].logsumexp(0) for t in range(len(e.prompt_ids), len(ids))
+        ]
     expected = torch.stack(expected)
     torch.testing.assert_close(got, expected.float(), atol=1e-5, rtol=1e-5)
-    assert m["advantages"].tolist() == pytest.approx([a for i in (5, 0, 3) for a in episodes()[i]["advantages"]])
-    (got * m["advantages"]).sum().backward()
-    (expected * m["advantages"]).sum().backward()
-    empty = ppo.token_logprobs(model, ppo.micro_batch(batch, [2], actions=False))
+    advantages = ppo.per_token(episodes(), "advantages", device)[m.tokens]
+    assert advantages.tolist() == pytest.approx([a for i in (5, 0, 3) for a in episodes()[i].advantages])
+    (got * advantages).sum().backward()
+    (expected * advantages).sum().backward()
+    empty = model(ppo.micro_batch(episodes(), [2], device, actions=False))
     assert len(empty) == 0
     empty.sum().backward()  # all parameters take part, so that FSDP's passes are the same on all ranks
-    for (name, a), b in zip(model.named_parameters(), plain.parameters()):
+    for (name, a), b in zip(model.network.named_parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad.full_tensor(), b.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_the_chunked_head_has_the_gradients_of_all_logits_at_once(monkeypatch):
     """Also those of a bias, and with a weight of its own for each token; bf16 up to its rounding."""
-    monkeypatch.setattr(ppo, "LOGITS", 3 * 20)
+    monkeypatch.setattr(networks, "LOGITS", 3 * 20)
     torch.manual_seed(0)
     targets, upstream = torch.randint(20, (10,)), torch.randn(10)
     whole = [torch.randn(10, 8), torch.randn(20, 8), torch.randn(20)]
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.03)):
         chunked = [x.detach().to(dtype).requires_grad_() for x in whole]
         plain = [x.detach().double().requires_grad_() for x in chunked]
-        got = ppo.ChunkedLogprobs.apply(*chunked, targets, 0.6)
+        got = ChunkedLogprobs.apply(*chunked, targets, 0.6)
         expected = (F.linear(*plain) / 0.6).log_softmax(-1).gather(1, targets[:, None])[:, 0]
         got.backward(upstream)
         expected.backward(upstream.double())
@@ -136,19 +152,30 @@ def test_a_sliding_window_is_kept(tiny_model, device, tmp_path):
     torch.manual_seed(0)
     plain = MistralForCausalLM(config)
     plain.save_pretrained(tmp_path)
-    model = ppo.load_sharded(tmp_path, device)
-    m = ppo.micro_batch(ppo.collate(episodes(), [], device), [3, 4])
-    row, _ = m["inputs"]["input_ids"][0].split(m["inputs"]["lengths"])
-    expected = plain(row[None]).logits[0].log_softmax(-1).gather(1, row[1:, None].cpu())[len(episodes()[3]["prompt_ids"]) - 1 :, 0]
-    torch.testing.assert_close(ppo.token_logprobs(model, m)[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+    model = load_sharded(tmp_path, device)
+    m = ppo.micro_batch(episodes(), [3, 4], device)
+    row, _ = m.input_ids[0].split(m.lengths)
+    expected = (
+        plain(row[None])
+        .logits[0]
+        .log_softmax(-1)
+        .gather(1, row[1:, None].cpu())[len(episodes()[3].prompt_ids) - 1 :, 0]
+    )
+    torch.testing.assert_close(model(m)[: len(expected)], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_logits_that_the_model_changes_behind_the_head_are_refused(device, tmp_path):
     Gemma2Config(
-        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="final_logit_softcapping"):
-        ppo.load_sharded(tmp_path, device)
+        load_sharded(tmp_path, device)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 500))
@@ -166,9 +193,15 @@ def test_micro_batches_hold_each_episode_once_within_the_budget(lengths, budget)
 
 def test_learning_rate_warms_up_and_decays_to_zero():
     rates = [ppo.learning_rate(step, 1000, 1.0) for step in range(1001)]
-    assert rates[0] == pytest.approx(1 / 30) and max(rates) == rates[29] == 1.0 or rates[30] == pytest.approx(1.0)
+    assert (
+        rates[0] == pytest.approx(1 / 30)
+        and max(rates) == rates[29] == 1.0
+        or rates[30] == pytest.approx(1.0)
+    )
     assert rates[-1] == 0 and rates[-2] > 0
-    assert all(a <= b for a, b in zip(rates[:30], rates[1:30])) and all(a >= b for a, b in zip(rates[31:], rates[32:]))
+    assert all(a <= b for a, b in zip(rates[:30], rates[1:30])) and all(
+        a >= b for a, b in zip(rates[31:], rates[32:])
+    )
 
 
 # --- the whole update -------------------------------------------------------------------------------------------------------------
@@ -177,21 +210,29 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 def episodes(count=8):
     g = torch.Generator().manual_seed(3)
     return [
-        {
-            "prompt_ids": torch.randint(3, 20, (4 + i % 3,), generator=g).tolist(),
-            "response_ids": torch.randint(3, 20, (5 + 3 * (i % 4),), generator=g).tolist(),
-            "advantages": torch.randn(5 + 3 * (i % 4), generator=g).tolist(),
-        }
+        Episode(
+            prompt_ids=torch.randint(3, 20, (4 + i % 3,), generator=g).tolist(),
+            response_ids=torch.randint(3, 20, (5 + 3 * (i % 4),), generator=g).tolist(),
+            advantages=torch.randn(5 + 3 * (i % 4), generator=g).tolist(),
+        )
         for i in range(count)
     ]
 
 
 def updated_weights(model, device, rank=0, world=1, **changes):
     """Weights after two epochs of one minibatch of all eight episodes, spread over the ranks."""
-    options = dict(total_steps=4, learning_rate=1e-2, minibatch=8, micro_batch_tokens=1000, epochs=2, temperature=0.7, kl_coef=0.1)
+    options = dict(
+        total_steps=4,
+        learning_rate=1e-2,
+        minibatch=8,
+        micro_batch_tokens=1000,
+        epochs=2,
+        temperature=0.7,
+        kl_coef=0.1,
+    )
     trainer = ppo.Trainer(model, device, **(options | changes))
     metrics = trainer.update(episodes()[rank::world])
-    return {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}, metrics
+    return {name: t.clone() for name, t in trainer.weights()}, metrics
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +257,17 @@ def assert_same_update(got, expected, model):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_micro_batch_size_does_not_change_the_update(tiny_model, device, reference_update, tokens):
-    assert_same_update(updated_weights(tiny_model, device, micro_batch_tokens=tokens), reference_update, tiny_model)
+    assert_same_update(
+        updated_weights(tiny_model, device, micro_batch_tokens=tokens), reference_update, tiny_model
+    )
 
 
 def test_activation_checkpointing_does_not_change_the_update(tiny_model, device, reference_update):
-    assert_same_update(updated_weights(tiny_model, device, checkpoint_activations=True), reference_update, tiny_model)
+    assert_same_update(
+        updated_weights(tiny_model, device, loading=dict(checkpoint_activations=True)),
+        reference_update,
+        tiny_model,
+    )
 
 
 def test_two_ranks_make_the_update_of_one(tiny_model, reference_update, tmp_path):
@@ -232,8 +279,21 @@ def test_two_ranks_make_the_update_of_one(tiny_model, reference_update, tmp_path
 def test_two_machines_that_hold_a_copy_each_make_the_update_of_one(tiny_model, reference_update, tmp_path):
     """Hybrid sharding, on two machines of one rank each: what FSDP2 replicates stays equal."""
     port = free_port()
-    nodes = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
-    run = lambda rank: python(*nodes, "--node_rank", rank, __file__, tiny_model, tmp_path / "hybrid.pt", "hybrid")
+    nodes = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        2,
+        "--nproc_per_node",
+        1,
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
+    run = lambda rank: python(
+        *nodes, "--node_rank", rank, __file__, tiny_model, tmp_path / "hybrid.pt", "hybrid"
+    )
     with ThreadPoolExecutor(2) as threads:
         for done in threads.map(run, range(2)):
             assert done.returncode == 0, done.stderr
@@ -252,22 +312,24 @@ def test_the_update_equals_plain_torch(tiny_model, device, reference_update):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
 
     def logprobs(m, e):
-        ids = torch.tensor([e["prompt_ids"] + e["response_ids"]])
+        ids = torch.tensor([e.prompt_ids + e.response_ids])
         logits = m(ids).logits[0, :-1] / 0.7
-        return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[len(e["prompt_ids"]) - 1 :, 0]
+        return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[len(e.prompt_ids) - 1 :, 0]
 
     batch = episodes()
-    flat = torch.tensor([a for e in batch for a in e["advantages"]])
+    flat = torch.tensor([a for e in batch for a in e.advantages])
     with torch.no_grad():
         old = [logprobs(model, e) for e in batch]
     for step in range(2):
         optimizer.zero_grad()
         loss = 0.0
         for e, o in zip(batch, old):
-            advantage = (torch.tensor(e["advantages"]) - flat.mean()) / flat.std()
+            advantage = (torch.tensor(e.advantages) - flat.mean()) / flat.std()
             new, d = logprobs(model, e), None
             ratio = (new - o).exp()
-            loss = loss + torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).sum() / len(flat)
+            loss = loss + torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).sum() / len(
+                flat
+            )
             d = logprobs(ref, e).detach() - new
             loss = loss + 0.1 * (d.exp() - d - 1).clamp(0, 10).sum() / len(batch)
         loss.backward()
@@ -279,27 +341,27 @@ def test_the_update_equals_plain_torch(tiny_model, device, reference_update):
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(tiny_model, device):
     trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=1)
-    before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}
+    before = {name: t.clone() for name, t in trainer.weights()}
     broken = episodes()
-    broken[3]["advantages"][0] = float("inf")
+    broken[3].advantages[0] = float("inf")
     assert trainer.update(broken)["skipped_steps"] == 1
-    for name, tensor in ppo.full_tensors(trainer.model):
+    for name, tensor in trainer.weights():
         assert torch.equal(tensor, before[name]), name
 
 
 def test_many_skipped_steps_in_a_row_end_the_run_with_the_weights_as_they_were(tiny_model, device):
     trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=2)
-    before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}
-    trainer.MAX_SKIPPED = 4
+    before = {name: t.clone() for name, t in trainer.weights()}
+    trainer.learner.MAX_SKIPPED = 4
     broken = episodes()
-    broken[3]["advantages"][0] = float("nan")
-    assert trainer.update(broken)["skipped_steps"] == 2 and trainer.skipped == 2
+    broken[3].advantages[0] = float("nan")
+    assert trainer.update(broken)["skipped_steps"] == 2 and trainer.learner.skipped == 2
     with pytest.raises(RuntimeError, match="4 optimizer steps in a row were skipped.*loss nan"):
         trainer.update(broken)
-    for name, tensor in ppo.full_tensors(trainer.model):
+    for name, tensor in trainer.weights():
         assert torch.equal(tensor, before[name]), name
     trainer.update(episodes())
-    assert trainer.skipped == 0
+    assert trainer.learner.skipped == 0
 
 
 def test_responses_without_a_token_and_equal_rewards_go_through(tiny_model, device):
@@ -309,10 +371,12 @@ def test_responses_without_a_token_and_equal_rewards_go_through(tiny_model, devi
         batch = episodes()
         for i, e in enumerate(batch):
             if all_empty or i % 3 == 0:
-                e |= dict(response_ids=[], advantages=[])
-            e["advantages"] = [0.5] * len(e["advantages"])
+                e.response_ids, e.advantages = [], []
+            e.advantages = [0.5] * len(e.advantages)
         metrics = trainer.update(batch)
-        assert all(math.isfinite(value) for value in metrics.values()) and metrics["skipped_steps"] == 0, metrics
+        assert all(math.isfinite(value) for value in metrics.values()) and metrics["skipped_steps"] == 0, (
+            metrics
+        )
         assert metrics["grad_norm"] < 1e-6
 
 
@@ -321,22 +385,22 @@ def test_pickled_weights_and_code_of_a_model_are_not_touched(device, tiny_model,
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        ppo.load_sharded(tmp_path, device)
+        load_sharded(tmp_path, device)
     (tmp_path / "config.json").write_text(
         '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}'
     )
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
     with pytest.raises(ValueError, match="trust_remote_code"):
-        ppo.load_sharded(tmp_path, device)
+        load_sharded(tmp_path, device)
     assert not (tmp_path / "it_ran").exists()
 
 
 def test_a_step_whose_mean_ratio_is_too_large_is_skipped(tiny_model, device):
     trainer = ppo.Trainer(tiny_model, device, total_steps=4, learning_rate=1e-2, minibatch=8, epochs=2)
-    before = {name: t.clone() for name, t in ppo.full_tensors(trainer.model)}
-    trainer.MAX_RATIO = 0.5  # every ratio of the first step is 1
+    before = {name: t.clone() for name, t in trainer.weights()}
+    trainer.learner.MAX_RATIO = 0.5  # every ratio of the first step is 1
     assert trainer.update(episodes())["skipped_steps"] == 2
-    for name, tensor in ppo.full_tensors(trainer.model):
+    for name, tensor in trainer.weights():
         assert torch.equal(tensor, before[name]), name
 
 
@@ -350,7 +414,7 @@ def test_saved_training_state_continues_as_if_never_interrupted(tiny_model, devi
     second = ppo.Trainer(tiny_model, device, **options)
     second.load(tmp_path / "state")
     second.update(episodes())
-    for (name, a), (_, b) in zip(ppo.full_tensors(straight.model), ppo.full_tensors(second.model)):
+    for (name, a), (_, b) in zip(straight.weights(), second.weights()):
         assert torch.equal(a, b), name
 
 
@@ -361,19 +425,20 @@ def test_episodes_that_do_not_fill_the_minibatches_are_refused(tiny_model, devic
 
 
 def test_a_saved_model_loads_with_transformers(tiny_model, device, tokenizer, tmp_path):
-    model = ppo.load_sharded(tiny_model, device)
-    ppo.save_pretrained(model, tokenizer, tmp_path / "model", torch.bfloat16)
+    model = load_sharded(tiny_model, device)
+    save_pretrained(model, tokenizer, tmp_path / "model", torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.bfloat16
-    for name, tensor in ppo.full_tensors(model):
+    for name, tensor in full_tensors(model):
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16()), name
 
 
 if __name__ == "__main__":  # one of two ranks
-    device = ppo.init_distributed()
+    device = init_distributed()
     hybrid = len(sys.argv) > 3
-    result = updated_weights(sys.argv[1], device, torch.distributed.get_rank(), torch.distributed.get_world_size(), hybrid=hybrid)
-    mesh = ppo.device_mesh(device, hybrid)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    result = updated_weights(sys.argv[1], device, rank, world, loading=dict(hybrid=hybrid))
+    mesh = device_mesh(device, hybrid)
     assert mesh.shape == ((2, 1) if hybrid else (2,))
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])

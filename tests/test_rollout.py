@@ -5,18 +5,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import ppo
+from episode import Episode, State
+from model import full_tensors, load_sharded
+from ppo import micro_batch
 
 
 @pytest.fixture
 def models(tiny_model, device, engine):
     """The trainer's model, and a copy with other weights; the engine has the first one's when the test begins."""
-    model, other = ppo.load_sharded(tiny_model, device), ppo.load_sharded(tiny_model, device)
+    model, other = load_sharded(tiny_model, device), load_sharded(tiny_model, device)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(7)
         for parameter in other.parameters():
             parameter.to_local().add_(0.05 * torch.randn(parameter.to_local().shape, generator=generator))
-    engine.load_weights(ppo.full_tensors(model))
+    engine.load_weights(full_tensors(model))
     return model, other
 
 
@@ -28,9 +30,7 @@ def gap(engine, model, prompt=PROMPT):
     differences = []
     for c in engine.generate([prompt], 8, 24, 0.7, logprobs=True)[0]:
         with torch.no_grad():
-            expected = ppo.token_logprobs(
-                model, ppo.micro_batch(ppo.collate([dict(prompt_ids=prompt, response_ids=c.token_ids)], [], "cpu"), [0])
-            )
+            expected = model(micro_batch([Episode(prompt, response_ids=c.token_ids)], [0], "cpu"))
         differences.append((expected - torch.tensor(c.logprobs)).abs())
     return torch.cat(differences).mean().item()
 
@@ -39,7 +39,7 @@ def test_engine_and_trainer_agree_before_and_after_a_weight_sync(engine, models)
     model, other = models
     assert gap(engine, model) < 1e-5
     assert gap(engine, other) > 0.01  # a missed sync shows
-    engine.load_weights(ppo.full_tensors(other))
+    engine.load_weights(full_tensors(other))
     assert gap(engine, other) < 1e-5
 
 
@@ -48,23 +48,26 @@ def test_a_stale_prefix_cache_would_be_noticed(engine, models, monkeypatch):
     assert gap(engine, model) < 1e-5  # the prompt is in the cache now
     with monkeypatch.context() as patch:
         patch.setattr(engine.llm, "reset_prefix_cache", lambda: True)  # forgets to do it
-        engine.load_weights(ppo.full_tensors(other))
+        engine.load_weights(full_tensors(other))
     assert gap(engine, other) > 1e-3
-    engine.load_weights(ppo.full_tensors(other))
+    engine.load_weights(full_tensors(other))
     assert gap(engine, other) < 1e-5
 
 
 def test_a_refused_reset_of_the_prefix_cache_is_an_error(engine, models, monkeypatch):
     monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
     with pytest.raises(RuntimeError, match="prefix cache"):
-        engine.load_weights(ppo.full_tensors(models[0]))
+        engine.load_weights(full_tensors(models[0]))
 
 
 def test_the_sampled_distribution_is_the_tempered_softmax(engine, models, tiny_model):
     """4,000 first tokens against the exact probabilities at temperature 0.5: a chi-squared test."""
     samples = [c.token_ids[0] for c in engine.generate([PROMPT], 4000, 1, 0.5)[0]]
     with torch.no_grad():
-        p = (AutoModelForCausalLM.from_pretrained(tiny_model)(torch.tensor([PROMPT])).logits[0, -1].double() / 0.5).softmax(0)
+        p = (
+            AutoModelForCausalLM.from_pretrained(tiny_model)(torch.tensor([PROMPT])).logits[0, -1].double()
+            / 0.5
+        ).softmax(0)
     counts = torch.bincount(torch.tensor(samples), minlength=len(p))
     statistic = ((counts - 4000 * p) ** 2 / (4000 * p)).sum().item()
     assert statistic < 50  # 20 degrees of freedom: exceeded with probability 2e-4
@@ -76,13 +79,16 @@ def test_each_prompt_has_its_own_limit_and_completions_say_how_they_ended(engine
         assert len(group) == 40
         for c in group:
             text = engine.decode(c.token_ids)
-            ended = c.token_ids[-1] == tokenizer.eos_token_id or "#" in text  # "#" is the stop string of this engine
+            ended = (
+                c.token_ids[-1] == tokenizer.eos_token_id or "#" in text
+            )  # "#" is the stop string of this engine
             assert c.finished == ended
             assert len(c.token_ids) == limit if not ended else len(c.token_ids) <= limit
-    ids = [c.token_ids for c in groups[2] if c.finished]
-    assert any(i[-1] == tokenizer.eos_token_id for i in ids) and any("#" in engine.decode(i) for i in ids)
-    for i in ids:
-        assert "#" not in engine.text(i) and engine.decode(i).startswith(engine.text(i))
+    ended = [c for c in groups[2] if c.finished]
+    assert any(c.token_ids[-1] == tokenizer.eos_token_id for c in ended)
+    assert any("#" in engine.decode(c.token_ids) for c in ended)
+    for c in ended:
+        assert "#" not in c.text and engine.decode(c.token_ids).startswith(c.text)
 
 
 def test_prefixes_come_from_the_cache(engine, models):
@@ -98,14 +104,15 @@ def test_requests_may_come_while_others_are_written(engine, models):
     """Greedy, so that each completion can be compared with the one it would have alone."""
     prompts = [[1, 5, 9, 13], PROMPT[:20], [1, 7, 6, 3, 8]]
     alone = engine.generate(prompts, 1, [60, 60, 20], 0.0)
-    engine.submit("a", prompts[0], 1, 60, 0.0)
-    engine.submit("b", prompts[1], 1, 60, 0.0)
+    a, b, late = (State(prompt, []) for prompt in prompts)
+    engine.submit(a, 1, 60, 0.0)
+    engine.submit(b, 1, 60, 0.0)
     done, start = {}, engine.steps
     while engine.running:
         if engine.steps == start + 3:
-            engine.submit(("late", 1), prompts[2], 1, 20, 0.0)
-        done |= engine.step()
-    assert [done[key][0].token_ids for key in ("a", "b", ("late", 1))] == [c.token_ids for (c,) in alone]
+            engine.submit(late, 1, 20, 0.0)
+        done |= dict(engine.step())
+    assert [done[record][0].token_ids for record in (a, b, late)] == [c.token_ids for (c,) in alone]
     longest = max(len(c.token_ids) for (c,) in alone)
     assert longest <= engine.steps - start <= longest + 30  # beside each other, not one after the other
 
@@ -113,19 +120,20 @@ def test_requests_may_come_while_others_are_written(engine, models):
 def test_what_the_engine_gives_up_is_unfinished_and_counted(engine, models):
     """Requests that vLLM drops with a final output, without one, and beside others that go on."""
     for alone in (True, False):
-        before, done = engine.aborted, {}
-        for key, n in [("dropped", 3)] if alone else [("dropped", 3), ("kept", 2)]:
-            engine.submit(key, PROMPT, n, 60, 1.0)
-        number = next(iter(engine.running))
-        done |= engine.step()
-        engine.llm.llm_engine.abort_request([number])
+        before, done, dropped, kept = engine.aborted, {}, State(PROMPT, []), State(PROMPT, [])
+        engine.submit(dropped, 3, 60, 1.0)
+        if not alone:
+            engine.submit(kept, 2, 60, 1.0)
+        request_id = next(iter(engine.running))
+        done |= dict(engine.step())
+        engine.llm.llm_engine.abort_request([request_id])
         while engine.running:
-            done |= engine.step()
-        assert len(done["dropped"]) == 3 and not any(c.finished for c in done["dropped"])
+            done |= dict(engine.step())
+        assert len(done[dropped]) == 3 and not any(c.finished for c in done[dropped])
         assert engine.aborted - before == 3
-        assert alone or len(done["kept"]) == 2 and all(c.token_ids for c in done["kept"])
+        assert alone or len(done[kept]) == 2 and all(c.token_ids for c in done[kept])
     assert not engine.llm.llm_engine.has_unfinished_requests()
-    engine.load_weights(ppo.full_tensors(models[0]))  # nothing is left running: the cache can be dropped
+    engine.load_weights(full_tensors(models[0]))  # nothing is left running: the cache can be dropped
 
 
 def test_on_step_can_give_the_work_up(engine, models):
@@ -137,11 +145,11 @@ def test_on_step_can_give_the_work_up(engine, models):
             raise Enough
 
     start, engine.on_step = engine.steps, enough
-    engine.submit("a", PROMPT, 1, 60, 0.0)
+    engine.submit(State(PROMPT, []), 1, 60, 0.0)
     with pytest.raises(Enough):
         while engine.running:
             engine.step()
-    engine.on_step = lambda: None
+    engine.on_step = None
     while engine.running:
         engine.step()
 
@@ -149,8 +157,45 @@ def test_on_step_can_give_the_work_up(engine, models):
 def test_samples_depend_on_the_seed_alone(engine, models):
     sample = lambda: [c.token_ids for c in engine.generate([PROMPT], 20, 8, 1.0)[0]]
     engine.seed(3, 1)
-    drawn, first, second = np.random.random(), sample(), sample()  # vLLM's sampler on GPUs draws its seeds from numpy
+    drawn, first, second = (
+        np.random.random(),
+        sample(),
+        sample(),
+    )  # vLLM's sampler on GPUs draws its seeds from numpy
     engine.seed(3, 1)
     assert np.random.random() == drawn and sample() == first != second
     engine.seed(3, 2)
     assert sample() != first
+
+
+def test_a_prefix_counts_as_part_of_the_response(engine, models):
+    """The text begins with it, and a stop string that begins or ends in it ends the response."""
+    for prefix, text in (
+        ([5, 6], None),
+        ([5, engine.tokenizer.convert_tokens_to_ids("#")], engine.decode([5])),
+    ):
+        state = State(PROMPT, prefix)
+        engine.submit(state, 2, 3, 1.0)
+        while engine.running:
+            for record, completions in engine.step():
+                assert record is state  # the engine gives back what it was given
+                record.take(completions)
+        for c in state.rollouts:
+            whole = engine.decode(prefix + c.token_ids)
+            assert c.text == (text if text is not None else whole.split("#")[0]) and (
+                text is None or c.finished
+            )
+
+
+def test_requests_wait_outside_of_an_engine_that_is_full(engine, models, monkeypatch):
+    monkeypatch.setattr(engine, "max_sequences", 2)
+    states = [State(PROMPT, [5 + i]) for i in range(5)]
+    for state in states:
+        engine.submit(state, 1, 4, 1.0)
+    assert [record for record, _ in engine.running.values()] == states[:2]
+    assert [record for record, _ in engine.waiting] == states[2:]
+    ended = []
+    while engine.running:
+        ended += [record for record, _ in engine.step()]
+        assert len(engine.running) <= 2
+    assert sorted(map(states.index, ended)) == list(range(5)) and not engine.waiting

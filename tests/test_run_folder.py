@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, our_environment, python
 
-import run_folder
+from support import run_folder
 
 
 def write(draft):
@@ -66,29 +66,38 @@ def test_older_ones_go_only_after_a_newer_one_is_whole(tmp_path, device):
 
     for iteration in (8, 9, 10, 11):
         run_folder.write_checkpoint(tmp_path, iteration, look, keep=2)
-    assert seen == [["8.unfinished"], ["8", "9.unfinished"], ["10.unfinished", "8", "9"], ["10", "11.unfinished", "9"]]
+    assert seen == [
+        ["8.unfinished"],
+        ["8", "9.unfinished"],
+        ["10.unfinished", "8", "9"],
+        ["10", "11.unfinished", "9"],
+    ]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "11"]
 
 
 SAVES = """
 import sys
 from pathlib import Path
-import ppo, run_folder
-device, run = ppo.init_distributed(), Path(sys.argv[2])
-model = ppo.load_sharded(sys.argv[1], device)
+from model import load_sharded, save_pretrained, save_state
+from support import run_folder
+from support.ranks import init_distributed
+device, run = init_distributed(), Path(sys.argv[2])
+model = load_sharded(sys.argv[1], device)
 import torch
 from transformers import AutoTokenizer
 tokenizer, optimizer = AutoTokenizer.from_pretrained(sys.argv[1]), torch.optim.AdamW(model.parameters())
 def write(draft):
-    ppo.save_state(draft / "state" / "policy", model, optimizer, 0)
-    ppo.save_pretrained(model, tokenizer, draft)
+    save_state(draft / "state" / "policy", model, optimizer, 0)
+    save_pretrained(model, tokenizer, draft)
 for iteration in range(1, 100):
     run_folder.write_checkpoint(run, iteration, write, keep=0)
     print(iteration, flush=True)
 """
 
 
-@pytest.mark.parametrize("megabytes", [9, 12])  # 6 MB each: full while the state or while the model is written
+@pytest.mark.parametrize(
+    "megabytes", [9, 12]
+)  # 6 MB each: full while the state or while the model is written
 def test_a_full_disk_stops_with_the_reason_and_what_was_saved_is_usable(megabytes, tmp_path, tiny_model):
     (tmp_path / "saves.py").write_text(SAVES)
     (tmp_path / "disk").mkdir()
@@ -97,17 +106,29 @@ def test_a_full_disk_stops_with_the_reason_and_what_was_saved_is_usable(megabyte
         pytest.skip("this system does not let a test mount a small disk (unshare -rm, tmpfs)")
     keep = f"; code=$?; cp -r {tmp_path / 'disk'} {tmp_path / 'kept'}; exit $code"  # the mount ends with its shell
     command = f"{mount} && {sys.executable} {tmp_path / 'saves.py'} {tiny_model} {tmp_path / 'disk'}{keep}"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], cwd=ROOT, env=our_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command],
+        cwd=ROOT,
+        env=our_environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and " could not be written (" in done.stderr, done.stderr
-    assert "; 0 MB are free there); what was saved before stands" in done.stderr or "No space left on device" in done.stderr
+    assert (
+        "; 0 MB are free there); what was saved before is kept" in done.stderr
+        or "No space left on device" in done.stderr
+    )
     newest = int(done.stdout.split()[-1])
-    assert newest >= 1 and run_folder.newest_checkpoint(tmp_path / "kept") == (newest, tmp_path / "kept" / "checkpoints" / str(newest))
+    assert newest >= 1 and run_folder.newest_checkpoint(tmp_path / "kept") == (
+        newest,
+        tmp_path / "kept" / "checkpoints" / str(newest),
+    )
     assert not list((tmp_path / "kept" / "checkpoints").glob("*.unfinished"))
 
 
 def test_one_process_at_a_time(tmp_path):
     file = run_folder.lock(tmp_path / "run")
-    again = "import run_folder, pathlib, sys; run_folder.lock(pathlib.Path(sys.argv[1]))"
+    again = "import pathlib, sys; from support import run_folder; run_folder.lock(pathlib.Path(sys.argv[1]))"
     assert "is in use: another process trains in it" in python("-c", again, tmp_path / "run").stderr
     file.close()
     assert python("-c", again, tmp_path / "run").returncode == 0

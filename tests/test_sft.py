@@ -4,31 +4,35 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import data
-import ppo
 import sft
+from model import full_tensors, load_sharded
 
 
 def test_a_step_is_plain_torch_on_the_response_tokens_whatever_the_micro_batch(tiny_model, tokenizer, device):
-    rows, skipped = sft.sequences(data.load("arithmetic")[0][:8], tokenizer, 256, chat=False)
-    assert skipped == 0 and all(ids[-1] == tokenizer.eos_token_id and ids[prompt - 1] == tokenizer.encode("\n")[-1] for ids, prompt in rows)
+    episodes, skipped = sft.sequences(data.load("arithmetic")[0][:8], tokenizer, 256, chat=False)
+    assert skipped == 0
+    for e in episodes:
+        assert e.response_ids[-1] == tokenizer.eos_token_id and e.prompt_ids[-1] == tokenizer.encode("\n")[-1]
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)
     start = {name: t.clone() for name, t in plain.state_dict().items()}
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
     total, count = 0.0, 0
-    for ids, prompt in rows:
-        logits = plain(torch.tensor([ids])).logits[0, :-1]
-        nll = -logits.log_softmax(-1).gather(-1, torch.tensor(ids)[1:, None])[prompt - 1 :]
+    for e in episodes:
+        ids = torch.tensor(e.prompt_ids + e.response_ids)
+        logits = plain(ids[None]).logits[0, :-1]
+        nll = -logits.log_softmax(-1).gather(-1, ids[1:, None])[len(e.prompt_ids) - 1 :]
         total, count = total + nll.sum(), count + len(nll)
     (total / count).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     optimizer.step()
 
+    options = dict(epochs=1, batch=8, peak=1e-2, seed=0)
     for micro_batch in (3, 8):
-        model = ppo.load_sharded(tiny_model, device)
-        ((_, _, loss),) = sft.finetune(model, rows, device, epochs=1, batch=8, micro_batch=micro_batch, peak=1e-2, seed=0)
+        policy = load_sharded(tiny_model, device)
+        ((_, _, loss),) = sft.finetune(policy, episodes, device, micro_batch_size=micro_batch, **options)
         assert abs(loss - (total / count).item()) < 1e-5
-        for name, tensor in ppo.full_tensors(model):
+        for name, tensor in full_tensors(policy):
             expected = plain.state_dict()[name]
             assert (tensor - expected).norm() < 1e-3 * (expected - start[name]).norm(), name
 
@@ -37,4 +41,6 @@ def test_the_tiny_model_spells_by_characters(tiny_model, tokenizer):
     assert 350_000 < AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters() < 500_000
     text = "8*9+6-7?\n8*9=72\n#### 71"
     ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text) + 1 and ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == text
+    assert (
+        len(ids) == len(text) + 1 and ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == text
+    )

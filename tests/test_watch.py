@@ -1,4 +1,4 @@
-"""Two ranks under torchrun, without an engine: what one of them suffers ends both, in time, with the reason, and leaves nothing running."""
+"""Two ranks under torchrun, without an engine: a failure of one ends both with the reason, and leaves nothing running."""
 
 import os
 import signal
@@ -12,41 +12,44 @@ from conftest import ROOT, left_running, our_environment
 RANK = """
 import os, signal, sys, time
 import torch.distributed as dist
-import ppo
-from watch import Watch
+from support.ranks import init_distributed
+from support.watch import Stopped, Watch
 
 how, folder = sys.argv[1:]
 Watch.EVERY, Watch.SILENT, Watch.GRACE, Watch.AGAIN = 0.2, 6, 4, 0.3
-device = ppo.init_distributed()
+device = init_distributed()
 rank = dist.get_rank()
 with Watch(hang_timeout=3, together=2 if how == "pair" else 1) as watch:
     watch.graceful = how != "early"
-    for number in range(10**6):
-        with watch.droppable(), watch.phase("sample"):
-            for i in range(16 if rank or how == "pair" else 8):  # rank 0 waits for rank 1
-                time.sleep(0.01)
-                watch.step()
-                if how == "engine" and rank == 1 and number == 3:
-                    raise OSError("the engine died")
-        if watch.stopping():
-            break
-        if number == 3 and rank == 1:
-            if how == "raise":
-                raise RuntimeError("a broken rank")
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if how == "freeze":
-                os.kill(os.getpid(), signal.SIGSTOP)
-        if number == 3 and how in ("hang", "busy"):
-            with watch.phase("train"):
-                if rank == 1:
-                    time.sleep(10**6)
-                dist.barrier()
-        open(f"{folder}/alive{rank}", "w").close()
-        if how == "slow" and rank == 1 and number == 1:
-            for _ in range(25):  # longer than hang_timeout and SILENT, but it shows progress
-                time.sleep(0.3)
-                watch.beat()
+    number = 0
+    try:
+        while True:
+            with watch.phase("sample", can_stop=True):
+                for i in range(16 if rank or how == "pair" else 8):  # rank 0 waits for rank 1
+                    time.sleep(0.01)
+                    watch.step()
+                    if how == "engine" and rank == 1 and number == 3:
+                        raise OSError("the engine died")
+            if number == 3 and rank == 1:
+                if how == "raise":
+                    raise RuntimeError("a broken rank")
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "freeze":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+            if number == 3 and how == "hang":
+                with watch.phase("train"):
+                    if rank == 1:
+                        time.sleep(10**6)
+                    dist.barrier()
+            open(f"{folder}/alive{rank}", "w").close()
+            if how == "slow" and rank == 1 and number == 1:
+                for _ in range(25):  # longer than hang_timeout and SILENT, but it shows progress
+                    time.sleep(0.3)
+                    watch.beat()
+            number += 1
+    except Stopped:
+        pass
     if how == "unstoppable":
         with watch.phase("train"):
             for _ in range(1000):
@@ -56,6 +59,7 @@ with Watch(hang_timeout=3, together=2 if how == "pair" else 1) as watch:
     if watch.error:
         raise watch.error
     code = watch.exit_code()
+dist.destroy_process_group()
 sys.exit(code)
 """
 
@@ -66,7 +70,14 @@ class Ranks:
     def __init__(self, how, folder):
         self.folder, self.marker = folder, f"{how}-{folder.name}"
         (folder / "rank.py").write_text(RANK)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--shutdown_timeout=5"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--shutdown_timeout=5",
+        ]
         command = [*torchrun, folder / "rank.py", how, folder]
         self.start = time.time()
         self.process = subprocess.Popen(
@@ -76,7 +87,9 @@ class Ranks:
 
     def wait_for(self, name):
         while not (self.folder / name).exists():
-            assert time.time() - self.start < 60 and self.process.poll() is None, self.process.communicate()[0]
+            assert time.time() - self.start < 60 and self.process.poll() is None, self.process.communicate()[
+                0
+            ]
             time.sleep(0.05)
 
     def end(self):
@@ -86,7 +99,11 @@ class Ranks:
         return self.process.returncode, output
 
     def saved(self):
-        return [int((self.folder / f"saved{rank}").read_text()) for rank in (0, 1) if (self.folder / f"saved{rank}").exists()]
+        return [
+            int((self.folder / f"saved{rank}").read_text())
+            for rank in (0, 1)
+            if (self.folder / f"saved{rank}").exists()
+        ]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +115,7 @@ class Ranks:
         ("freeze", ["rank 0: stops, since another rank is gone, or has been silent for 6 s"]),
     ],
 )
-def test_what_befalls_one_rank_ends_both(how, words, tmp_path):
+def test_a_failure_of_one_rank_ends_both(how, words, tmp_path):
     ranks = Ranks(how, tmp_path)
     code, output = ranks.end()
     assert code != 0 and ranks.saved() == []
@@ -113,7 +130,9 @@ def test_an_engine_that_dies_ends_both_after_saving(tmp_path):
     assert "rank 1: failed: OSError('the engine died'); all ranks save what they have and stop" in output
 
 
-@pytest.mark.parametrize("how,number", [("plain", signal.SIGINT), ("pair", signal.SIGTERM), ("slow", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "how,number", [("plain", signal.SIGINT), ("pair", signal.SIGTERM), ("slow", signal.SIGTERM)]
+)
 def test_a_signal_to_torchrun_stops_both_at_the_same_place(how, number, tmp_path):
     ranks = Ranks(how, tmp_path)
     ranks.wait_for("alive0" if how != "slow" else "alive1")
@@ -146,9 +165,8 @@ def test_a_second_signal_ends_at_once_and_one_before_there_is_anything_to_save_t
                 for pid in left_running(ranks.marker, "rank.py", rank):
                     os.kill(pid, signal.SIGTERM)
             time.sleep(0.5)
-        sent = time.time()
-        code, output = ranks.end()
-        assert code != 0 and time.time() - sent < 3 + 1 and ranks.saved() == [], output
+        code, output = ranks.end()  # "unstoppable" would go on for 100 s, and GRACE would say so after 4
+        assert code != 0 and ranks.saved() == [] and "did not end within" not in output, output
 
 
 def test_a_phase_that_does_not_end_is_cut_short(tmp_path):
@@ -156,7 +174,11 @@ def test_a_phase_that_does_not_end_is_cut_short(tmp_path):
     ranks.wait_for("alive1")
     os.kill(left_running(ranks.marker, "rank.py", rank=0)[0], signal.SIGTERM)
     code, output = ranks.end()
-    assert code != 0 and "train did not end within 4 s; what was saved before stands" in output and ranks.saved() == []
+    assert (
+        code != 0
+        and "train did not end within 4 s; what was saved before is kept" in output
+        and ranks.saved() == []
+    )
 
 
 def test_ranks_do_not_outlive_torchrun(tmp_path):

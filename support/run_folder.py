@@ -2,15 +2,16 @@
 
     settings.json     of the newest start
     metrics.jsonl     one line per iteration; line 0 is the accuracy before training
-    checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training goes on from, and the settings
+    checkpoints/N     a Hugging Face folder of the policy after N iterations; state/: what training goes on from, the settings
     episodes/N        stored responses, for experiments/show.py
     model             the final policy, a Hugging Face folder
 
-Files and folders are written beside under the name NAME.unfinished and renamed. A folder lists its files' sizes, so that one that was cut short on its way,
-by a copy or a file system, is not taken for whole either.
+Files and folders are written under the name NAME.unfinished first and then renamed. A folder lists
+its files' sizes, so that one that a copy or a file system cut short is not taken for whole either.
 """
 
 import fcntl
+import gzip
 import json
 import os
 import shutil
@@ -52,7 +53,7 @@ def write_folder(final, write):
         shutil.rmtree(draft, ignore_errors=True)
         reason = str(error).strip().split("\n")[-1]
         raise RuntimeError(
-            f"{final} could not be written ({reason}; {free:.0f} MB are free there); what was saved before stands"
+            f"{final} could not be written ({reason}; {free:.0f} MB are free there); what was saved before is kept"
         ) from error
     dist.barrier()
 
@@ -109,7 +110,9 @@ def read_metrics(run, done):
         if line["iteration"] <= done:
             lines.append(line)
     if [line["iteration"] for line in lines if line["iteration"]] != list(range(1, done + 1)):
-        raise ValueError(f"{run / 'metrics.jsonl'} does not hold the iterations 1 to {done} that the newest checkpoint comes from")
+        raise ValueError(
+            f"{run / 'metrics.jsonl'} does not hold the iterations 1 to {done} that the newest checkpoint comes from"
+        )
     return lines
 
 
@@ -117,3 +120,17 @@ def open_metrics(run, lines):
     """metrics.jsonl with these lines, open to append others."""
     write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return open(run / "metrics.jsonl", "a", buffering=1)
+
+
+def write_solutions(path, solutions):
+    """Write the stored responses of an iteration, dicts, as a .jsonl.gz file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".unfinished")
+    with gzip.open(draft, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps(solution, ensure_ascii=False) + "\n" for solution in solutions)
+    draft.rename(path)
+
+
+def read_solutions(path):
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        return [json.loads(line) for line in f]

@@ -1,0 +1,146 @@
+"""The records that flow through everything, and the interface of what turns them into advantages.
+
+Problem -> Episode (a response) -> State (before each of its steps) -> Completion (a rollout from
+it)
+"""
+
+import statistics
+from dataclasses import dataclass, field
+
+from steps import step_boundaries, token_starts
+
+
+@dataclass(eq=False)
+class Completion:
+    """What the engine sampled behind a prompt and prefix. The rollouts of a state are such."""
+
+    token_ids: list[
+        int
+    ]  # as sampled, EOS and the tokens of a stop string included: they are actions like any other
+    text: str  # of prefix and token_ids together, cut off before a stop string
+    finished: bool  # ended by EOS or a stop string, not by the token limit
+    logprobs: list[float] | None  # per token, at temperature 1 and before top-p; None unless asked for
+    reward: float = 0.0  # 1.0 if it is finished and its answer is right
+
+
+@dataclass(eq=False)
+class State:
+    """s_t: a prompt and the first t steps of a response to it. Its value is the mean reward of rollouts from it."""
+
+    prompt_ids: list[int]
+    prefix_ids: list[int]  # the very ids that were sampled up to here; empty: s_0, the prompt
+    answer: str = ""  # gold
+    rest: int = 0  # tokens that the response has behind the state: how long rollouts from it may become
+    home: int = 0  # number of the engine whose response it belongs to
+    number: int = 0  # among the distinct states of that engine's responses
+    rollouts: list[Completion] = field(default_factory=list)  # [K]
+    value: float | None = None  # V(s_t)
+
+    @property
+    def responses(self):
+        """What is graded."""
+        return self.rollouts
+
+    def take(self, completions):
+        self.rollouts = completions
+
+
+@dataclass(eq=False)
+class Episode:
+    """One response to one problem, from its prompt to its advantages. T: its tokens; S: its steps."""
+
+    prompt_ids: list[int]
+    prompt: str = ""
+    answer: str = ""  # gold
+    # sampled: rollout.py
+    response_ids: list[int] = field(default_factory=list)  # [T], EOS included where it was sampled
+    text: str = ""  # cut off before a stop string
+    finished: bool = False  # ended by EOS or a stop string, not by the token limit
+    engine_logprobs: list[float] | None = None  # [T], at temperature 1 and before top-p
+    reward: float = 0.0  # R: 1.0 if it is finished and its answer is right
+    # steps and their values: vine.py
+    boundaries: list[int] = field(default_factory=list)  # [S + 1], the token at which each step begins, and T
+    states: list[State | None] = field(
+        default_factory=list
+    )  # [S], before each step; None beyond max_valued_steps
+    step_values: list[float | None] = field(default_factory=list)  # [S], V(s_t)
+    # a critic's: baselines/critic.py
+    token_values: list[float] = field(default_factory=list)  # [T], predicted before each token
+    returns: list[float] = field(default_factory=list)  # [T], what they are fitted to
+    # what the loss uses: ppo.py
+    advantages: list[float] = field(default_factory=list)  # [T], not yet whitened
+
+    @property
+    def prefix_ids(self):
+        """Its response begins right behind the prompt."""
+        return []
+
+    @property
+    def responses(self):
+        """What is graded."""
+        return [self]
+
+    def take(self, completions):
+        (c,) = completions
+        self.response_ids, self.text, self.finished, self.engine_logprobs = (
+            c.token_ids,
+            c.text,
+            c.finished,
+            c.logprobs,
+        )
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    def as_dict(self, decode, shown=2):
+        """What is stored of it for experiments/show.py: prompt, answer, reward, finished, and its steps.
+
+        A step: text, advantage (mean of its tokens), value (of the state before it; None where the
+        algorithm has none) and, where rollouts made the value, K, how many were right, and the
+        texts of `shown` right and wrong ones.
+        """
+        starts, steps = token_starts(self.response_ids, decode), []
+        cuts = self.boundaries or step_boundaries("paper", self.text, self.response_ids, decode)
+        for t, (a, b) in enumerate(zip(cuts, cuts[1:])):
+            text = self.text[starts[a] : starts[b] if b < len(starts) else None]
+            step = dict(text=text, advantage=statistics.mean(self.advantages[a:b]), value=None)
+            if self.states:
+                rollouts = self.states[t].rollouts if self.states[t] else []
+                right, wrong = ([r for r in rollouts if r.reward == reward] for reward in (1.0, 0.0))
+                step |= dict(value=self.step_values[t], right=len(right), K=len(rollouts))
+                few = right[:shown] + wrong[:shown]
+                step["rollouts"] = [(r.reward, r.text[starts[a] :]) for r in few]
+            elif self.token_values:
+                step["value"] = self.token_values[a]
+            steps.append(step)
+        about = dict(prompt=self.prompt, answer=self.answer, reward=self.reward, finished=self.finished)
+        return about | dict(steps=steps)
+
+
+class Estimator:
+    """Where the advantages of an algorithm come from; all else is shared. Only set_advantages is required."""
+
+    networks = ()  # sharded models of its own, which train beside the policy
+
+    def start(self, episode):
+        """A response has ended, while others are still being written: begin what can be begun."""
+
+    def deal(self):
+        """All ranks have their responses. The only one of the first three in which ranks may talk to each other."""
+
+    def finish(self):
+        """Complete what start began. The engine still runs."""
+
+    def set_advantages(self, episodes):
+        """Set `advantages` of this rank's episodes. All ranks call it, while the engine sleeps."""
+        raise NotImplementedError
+
+    def update(self, episodes):
+        """Train its own networks, after the policy. Returns metrics."""
+        return {}
+
+    def save(self, folder):
+        """Write what a resumed run needs of it."""
+
+    def load(self, folder):
+        """Read what save wrote."""

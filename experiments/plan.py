@@ -1,0 +1,131 @@
+"""The memory that a run needs of each GPU, from the model's configuration alone: no weights are read.
+
+    python experiments/plan.py --dataset math --gpus 8 [any option of train.py]
+
+It says whether the run fits; the exit code is 1 if it does not. GPUs are counted as 8 to a machine.
+Parameters and optimizer are exact: FSDP2 gives every rank ceil(rows / ranks) rows of each
+parameter. What a forward and backward pass adds is an estimate (marked ~), which leaves out the
+allocator's fragments and NCCL's buffers, 2 to 4 GB.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import train
+from model import LOGITS
+
+GPU_BYTES = 80e9  # where there is no GPU to ask
+PER_MACHINE = 8  # GPUs
+
+
+def numel(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def shard_size(parameters, ranks):
+    """Elements on the rank that holds the most, of parameters that are each sharded by rows."""
+    return sum(math.ceil(p.shape[0] / ranks) * math.prod(p.shape[1:]) for p in parameters)
+
+
+def memory(config, s, ranks, gpu_bytes):
+    """Bytes that a rank needs, by name: {"training": {..}, "sampling": {..}, "host": {..}}.
+
+    s: train.Settings. ranks: those that share one copy of the weights.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    in_layers = {p for layer in layers for p in layer.parameters()}
+    root = [p for p in model.parameters() if p not in in_layers]
+    shard, tokens, width = shard_size(model.parameters(), ranks), s.micro_batch_tokens, config.hidden_size
+    networks = 2 if s.algorithm == "ppo" else 1  # the critic trains after the policy, but its shards stay
+    state = {"weights, fp32": 4 * shard * networks, "AdamW, fp32": 8 * shard * networks}
+    largest = max(numel(layer.parameters()) for layer in layers)
+    inside = 2 * tokens * (8 * width + 4 * config.intermediate_size)  # a layer: they are recomputed
+    training = state | {
+        "gradients, fp32": 4 * shard,
+        "~ embedding and head gathered: bf16, its gradient in bf16 and fp32": 8 * numel(root),
+        "~ two layers gathered, one's gradient": (2 * 2 + 6) * largest,
+        "~ activations between the layers, bf16": 2 * tokens * width * len(layers),
+        "~ activations inside one layer, bf16": inside,
+        "~ logits of one chunk": 14 * min(LOGITS, tokens * config.vocab_size),
+    }
+    sampling = state | {f"engine: --gpu_memory {s.gpu_memory} of the GPU": s.gpu_memory * gpu_bytes}
+    copy = (config.dtype or torch.float32).itemsize * numel(model.parameters())
+    host = {"reference, bf16": 2 * shard, "~ one copy, while it loads": copy}
+    return dict(training=training, sampling=sampling, host=host)
+
+
+def kv_tokens(config, s, gpu_bytes):
+    """Tokens that the KV cache of an engine holds beside its weights, on each GPU of a tensor-parallel group.
+
+    The engine's activations are left out.
+    """
+    heads = config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    with torch.device("meta"):
+        weights = 2 * numel(AutoModelForCausalLM.from_config(config).parameters())
+    left = s.gpu_memory * gpu_bytes - weights / s.tensor_parallel_size
+    return int(left / (2 * 2 * config.num_hidden_layers * heads * size / s.tensor_parallel_size))
+
+
+def report(config, s, world, local):
+    """(text for the screen, whether it fits). world: GPUs in all; local: those of a machine."""
+    gpu_bytes = GPU_BYTES
+    if torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    ranks = local if s.hybrid_sharding else world
+    needs = memory(config, s, ranks, gpu_bytes)
+    gpus = f"{world} GPUs of {gpu_bytes / 1e9:.0f} GB"
+    text = [f"{s.model} on {gpus}, each parameter sharded over {ranks}; GB per rank:"]
+    for phase, parts in needs.items():
+        text += ["", f"{phase:74}{sum(parts.values()) / 1e9:8.1f}"]
+        text += [f"  {name:72}{size / 1e9:8.1f}" for name, size in parts.items()]
+    cached = kv_tokens(config, s, gpu_bytes)
+    most = max(sum(needs[phase].values()) for phase in ("training", "sampling"))
+    fits = most <= gpu_bytes and cached >= s.max_sequence
+    cached = max(0, cached)
+    sequences = f"{cached // s.max_sequence} sequences of --max_sequence {s.max_sequence} at a time"
+    text += ["", f"KV cache: {cached} tokens, {sequences}"]
+    advice = "raise the number of GPUs, or lower --micro_batch_tokens (training), --gpu_memory (sampling)"
+    return "\n".join([*text, "fits" if fits else f"does not fit: {advice}"]), fits
+
+
+def parse(argv):
+    """(number of GPUs, train.Settings, model's configuration) of a command line; raises ValueError."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--gpus", default="", metavar="N", help="number of GPUs")
+    a, rest = parser.parse_known_args(argv)
+    if not (a.gpus.isdecimal() and int(a.gpus)):
+        raise ValueError(f"--gpus {a.gpus or 'is missing: it'} must be a number of GPUs, at least 1")
+    s = train.parse_settings(rest)
+    train.check(s, int(a.gpus))
+    if not s.model:
+        raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
+    try:
+        config = AutoConfig.from_pretrained(s.model, trust_remote_code=s.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {s.model} cannot be loaded ({str(error).splitlines()[0]})") from None
+    return int(a.gpus), s, config
+
+
+def main():
+    try:
+        gpus, s, config = parse(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"plan.py: {error}")
+    text, fits = report(config, s, gpus, min(gpus, PER_MACHINE))
+    print(text)
+    sys.exit(not fits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""The networks that train: loading and sharding with FSDP2, packed attention, the chunked head, saving.
+
+    policy = load_sharded(path, device)     # a Policy: policy(micro_batch, temperature) -> log-probabilities [N]
+
+The same code runs on GPUs (NCCL, bf16 compute on fp32 master weights) and on CPU (gloo, fp32). What
+differs is decided by `device` in compute_dtype, load_sharded and packed_attention.
+"""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+# --- the policy ---
+
+
+def logprobs_from_logits(logits, targets, temperature=1.0):
+    """log pi(target) under softmax(logits / temperature). logits [N, V], targets [N] -> [N], float32."""
+    x = logits.float() / temperature
+    return x.gather(-1, targets[:, None])[:, 0] - x.logsumexp(-1)
+
+
+def token_entropy(logits, temperature=1.0):
+    """Entropy in nats of softmax(logits / temperature): [N, V] -> [N]."""
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+class Policy(torch.nn.Module):
+    """A causal language model whose forward gives the log-probabilities of action tokens; only they pass through its head."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, m, temperature=1.0, details=False):
+        """log pi of the N action tokens of a MicroBatch, at the temperature they were sampled at: [N].
+
+        details, for scoring without a gradient: [3, N], with the log-probabilities at temperature 1
+        and the entropies.
+        """
+        hidden = self.network.base_model(**m.inputs(), use_cache=False).last_hidden_state[
+            0, m.positions
+        ]  # [N, D]
+        head = self.network.get_output_embeddings()
+        if not details:
+            return ChunkedLogprobs.apply(hidden, head.weight, head.bias, m.targets, temperature)
+        parts = []
+        for h, y in in_chunks(len(head.weight), hidden, m.targets):
+            logits = head(h)  # [n, V]
+            at_one, entropy = logprobs_from_logits(logits, y), token_entropy(logits, temperature)
+            parts.append(torch.stack([logprobs_from_logits(logits, y, temperature), at_one, entropy]))
+        return torch.cat(parts, 1)
+
+
+LOGITS = 2**26  # at a time; 256 MiB in float32
+
+
+def in_chunks(vocabulary, *tensors):
+    """The tensors [N, ..] in pieces of as many tokens as have no more than LOGITS logits."""
+    return zip(*(x.split(max(1, LOGITS // vocabulary)) for x in tensors))
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """logprobs_from_logits behind a linear head, [N], without its [N, V] logits.
+
+    Those of one chunk exist at a time, and backward computes them again. hidden [N, D], weight [V,
+    D], bias [V] or None, targets [N] of ids. With x = logits / temperature:
+
+        log pi(y) = x_y - logsumexp(x),    d log pi(y) / d logits = (1[y] - softmax(x)) / temperature
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        logprobs, normalizers = [], []  # [n] of each chunk
+        for h, y in in_chunks(len(weight), hidden, targets):
+            x = F.linear(h, weight, bias).float().div_(temperature)  # [n, V]
+            normalizers.append(x.logsumexp(-1))
+            logprobs.append(x.gather(1, y[:, None])[:, 0] - normalizers[-1])
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
+        ctx.temperature = temperature
+        return torch.cat(logprobs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        chunks = in_chunks(len(weight), hidden, targets, normalizers, grad / ctx.temperature, d_hidden)
+        for h, y, z, g, d_h in chunks:
+            x = F.linear(h, weight, bias).float().div_(ctx.temperature)  # [n, V]
+            d_logits = x.sub_(z[:, None]).exp_().mul_(-g[:, None])  # -softmax(x) g
+            d_logits = d_logits.scatter_add_(1, y[:, None], g[:, None]).to(weight.dtype)
+            torch.mm(d_logits, weight, out=d_h)
+            d_weight.addmm_(d_logits.T, h)
+            if bias is not None:
+                d_bias += d_logits.sum(0)
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    lengths,
+    cu_seqlens,
+    scaling=None,
+    sliding_window=None,
+    **other,
+):
+    """Causal attention inside each of several sequences that stand one behind the other: [1, H, T, D] -> ([1, T, H, D], None).
+
+    torch's variable-length flash kernel for bf16 on GPUs, else SDPA, one sequence after the other.
+    transformers calls it for attn_implementation="packed"; lengths (a list of ints) and cu_seqlens
+    (their int32 cumulative sums from 0) come from MicroBatch.inputs.
+    """
+    if unknown := [name for name in ("softcap", "s_aux") if other.get(name) is not None]:
+        raise ValueError(
+            f"{type(module).__name__} needs attention with {unknown[0]}, which is not built here"
+        )
+    if query.is_cuda and query.dtype != torch.float32:
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, H, D]
+        window = (sliding_window - 1 if sliding_window else -1, 0)  # causal
+        options = dict(scale=scaling, window_size=window, enable_gqa=True)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)[None], None
+    parts = []
+    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value))):
+        mask, length = None, q.shape[2]
+        if sliding_window and length > sliding_window:
+            mask = (
+                torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+            )
+        options = dict(is_causal=mask is None, scale=scaling, enable_gqa=True)
+        parts.append(F.scaled_dot_product_attention(q, k, v, mask, **options))
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+# --- loading and sharding ---
+
+
+def compute_dtype(device, bfloat16=None):
+    """bfloat16 on GPUs and float32 on CPU, unless bfloat16 says otherwise."""
+    bfloat16 = device.type == "cuda" if bfloat16 is None else bfloat16
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def device_mesh(device, hybrid=False):
+    """All ranks; hybrid: [machines, ranks of each], to shard within a machine and replicate across. For fully_shard."""
+    world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    shape, names = ((world // local, local), ("replicate", "shard")) if hybrid else ((world,), None)
+    return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def load_sharded(
+    path, device, trainable=True, *, bfloat16=None, checkpoint_activations=None, hybrid=False, trust_remote_code=False,
+    wrapper=Policy, architecture=AutoModelForCausalLM, **options,
+):  # fmt: skip
+    """A Policy from a Hugging Face folder or hub name, sharded over all ranks layer by layer with FSDP2.
+
+    A trainable one has fp32 master weights. A frozen one is kept in the compute type, and on GPUs
+    its shards live in host memory and visit the GPU layer by layer. bfloat16: compute in bf16;
+    None: on GPUs only. checkpoint_activations: recompute them in the backward pass, for less memory
+    and a third more time; None: on GPUs only. hybrid: see device_mesh. trust_remote_code: let a hub
+    model bring code of its own. wrapper, architecture: another network, with its options for the
+    configuration. Weights are read from safetensors alone; other formats are pickles, which can run
+    code. Raises OSError or ValueError for a model that is not there or not supported.
+    """
+    compute, on_gpu = compute_dtype(device, bfloat16), device.type == "cuda"
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # without dropout: the old and the new log-probabilities must be of one and the same policy
+    no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))}
+    for name, value in (no_dropout | options).items():
+        setattr(config, name, value)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{path}: its logits are the head's output changed by {name}, which is not built here"
+            )
+    network = architecture.from_pretrained(
+        path, config=config, dtype="auto" if trainable else compute, attn_implementation="packed",
+        trust_remote_code=trust_remote_code, use_safetensors=True,
+    )  # fmt: skip
+    network.requires_grad_(trainable).train(trainable)
+    if trainable and (on_gpu if checkpoint_activations is None else checkpoint_activations):
+        network.gradient_checkpointing_enable()
+    sharding = dict(
+        mesh=device_mesh(device, hybrid),
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if on_gpu and not trainable else OffloadPolicy(),
+    )
+    model = wrapper(network)
+    layers = [m for m in network.modules() if type(m).__name__ in network._no_split_modules]
+    for module in (*layers, model):
+        # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
+        fully_shard(module.float() if trainable else module, **sharding)
+    return model
+
+
+def load_tokenizer(s):
+    """The tokenizer of s.model. Raises ValueError for a model that is not there, or that a run could not use.
+
+    s: settings with dataset, model, max_sequence and perhaps trust_remote_code.
+    """
+    path, trust = s.model, getattr(s, "trust_remote_code", False)
+    if not path:
+        raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        hint = "run `python sft.py` first, or " if path == "runs/sft" else ""
+        advice = f"{hint}name a Hugging Face folder or hub model"
+        raise ValueError(
+            f"--model {path} cannot be loaded: {advice} ({str(error).splitlines()[0]})"
+        ) from None
+    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        advice = "others are pickles, which can run code, and are not read"
+        raise ValueError(f"--model {path} has no weights in safetensors files: {advice}")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and s.max_sequence > limit:
+        raise ValueError(
+            f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"
+        )
+    return tokenizer
+
+
+# --- saving ---
+
+
+def full_tensors(model):
+    """(name, whole tensor) of each parameter and buffer of a wrapped network, one at a time.
+
+    A collective: all ranks must iterate together.
+    """
+    for name, tensor in model.network.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
+    """Write a sharded network as a Hugging Face folder (safetensors), for from_pretrained and `vllm serve`. All ranks call it."""
+    state = {}
+    for name, tensor in full_tensors(model):
+        if dist.get_rank() == 0:
+            state[name] = tensor.to("cpu", dtype, copy=True)
+    if dist.get_rank() == 0:
+        model.network.save_pretrained(folder, state_dict=state)
+        config = copy.deepcopy(model.network.config)
+        config.dtype = dtype  # save_pretrained wrote that of the master weights
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    dist.barrier()
+
+
+def save_state(folder, model, optimizer, step):
+    """Write a sharded network, its optimizer and the number of its steps with torch.distributed.checkpoint; all ranks call it."""
+    weights, optimizer = get_state_dict(model.network, optimizer)
+    dcp.save({"model": weights, "optimizer": optimizer, "step": step}, checkpoint_id=folder)
+
+
+def load_state(folder, model, optimizer):
+    """Read what save_state wrote into the network and its optimizer, on any number of ranks; returns the step."""
+    weights, optimizer_state = get_state_dict(model.network, optimizer)
+    state = {"model": weights, "optimizer": optimizer_state, "step": 0}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model.network, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    return state["step"]

@@ -1,0 +1,92 @@
+"""The built-in task, to see the method work within minutes: chains of arithmetic, and a tiny model that learns them.
+
+The headroom for RL is made on purpose: the worked solutions are those of a careless demonstrator,
+so a policy that was tuned on them fails at particular steps. It is no evidence about language
+models.
+"""
+
+import random
+
+import torch
+
+
+def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
+    """Rows of the task, train and test disjoint: problem "8*9+6-7+5+1?", solution one line per operation, then "#### 77".
+
+    The chains have 5 to 9 operations, worked from left to right on numbers below 100. On a carry in
+    an addition, a borrow in a subtraction and a two-digit product with a carry the demonstrator
+    forgets it, with the probabilities slip, and goes on from the wrong number. The answer column
+    always holds the true value.
+    """
+    rng, rows, seen = random.Random(seed), [], set()
+    while len(rows) < num_train + num_test:
+        value, chain = rng.randint(1, 9), []
+        expression = str(value)
+        for _ in range(rng.randint(5, 9)):
+            moves = [
+                (op, d)
+                for op in "+-*"
+                for d in range(2 if op == "*" else 1, 10)
+                if 0 <= _apply(value, op, d) < 100
+            ]
+            op = rng.choice(sorted({op for op, _ in moves}))
+            digit = rng.choice([d for o, d in moves if o == op])
+            value = _apply(value, op, digit)
+            chain.append((op, digit))
+            expression += f"{op}{digit}"
+        if expression not in seen:
+            seen.add(expression)
+            solution = _demonstrate(int(expression[0]), chain, slip, rng)
+            rows.append({"problem": expression + "?", "answer": str(value), "solution": solution})
+    numbered = [(f"arithmetic problem {i}", row) for i, row in enumerate(rows)]
+    return numbered[:num_train], numbered[num_train:]
+
+
+def _apply(value, op, digit):
+    return value + digit if op == "+" else value - digit if op == "-" else value * digit
+
+
+def _demonstrate(value, chain, slip, rng):
+    """The careless demonstrator's lines. slip: probabilities of forgetting a carry or borrow in +, -, *."""
+    lines = []
+    for op, digit in chain:
+        result, ones = _apply(value, op, digit), value % 10
+        if op == "+" and ones + digit >= 10 and rng.random() < slip[0]:
+            result -= 10
+        elif op == "-" and ones < digit and rng.random() < slip[1]:
+            result += 10
+        elif op == "*" and value >= 10 and ones * digit >= 10 and rng.random() < slip[2]:
+            result -= ones * digit // 10 * 10
+        lines.append(f"{value}{op}{digit}={result}")
+        value = result
+    return "\n".join([*lines, f"#### {value}"])
+
+
+def tiny_model(folder, seed):
+    """Write a Llama of about 0.4M parameters with random weights, and a tokenizer with one token per character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *"0123456789+-*=?#\n "])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)

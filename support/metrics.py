@@ -1,0 +1,143 @@
+"""What is measured in an iteration: the time of its phases, the line of metrics.jsonl, where else it is reported."""
+
+import importlib
+import statistics
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from support.ranks import over_ranks
+from support.settings import need
+
+
+class Phases:
+    """Wall-clock seconds and prefix cache counts of the phases of an iteration; says so on screen when one takes long."""
+
+    LONG = 120  # seconds
+
+    def __init__(self, watch, engine):
+        self.watch, self.engine = watch, engine
+        self.reset()
+
+    def reset(self):
+        self.seconds = {}
+        self.cache = {}  # phase -> [prompt tokens looked up, found in the cache]
+
+    @contextmanager
+    def __call__(self, name, can_stop=False):
+        """See Watch.phase. What ranks wait for each other at the end of one that can stop is not counted."""
+        with self.watch.phase(name, can_stop):
+            start, cache = time.perf_counter(), self.engine.prefix_cache_counts()
+            notice = threading.Timer(self.LONG, self._say_long, [name])
+            notice.daemon = True
+            notice.start()
+            try:
+                yield
+            finally:
+                notice.cancel()
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+                counts = zip(self.engine.prefix_cache_counts(), cache, self.cache.get(name, (0, 0)))
+                self.cache[name] = [after - before + sum for after, before, sum in counts]
+
+    def _say_long(self, name):
+        if dist.get_rank() == 0:
+            tqdm.write(f"{name} takes longer than {self.LONG} s")
+
+
+def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
+    """Metrics of an iteration over all ranks; every rank calls it.
+
+    episodes: this rank's. seconds: of its phases. counts: numbers to be summed over the ranks.
+    epochs: passes over the episodes in the update. of_steps: the algorithm has values of states.
+    """
+    rows, states = [], {}
+    for e in episodes:
+        zeros = sum(a == 0 for a in e.advantages)
+        rows.append((e.reward, e.finished, len(e.states), zeros, len(e.prompt_ids), len(e.response_ids)))
+        for state in filter(None, e.states):
+            tokens = sum(len(rollout.token_ids) for rollout in state.rollouts)
+            states[state.home, state.number] = state.value, len(state.rollouts), tokens
+    ranks = over_ranks([(rows, states, seconds, counts)])
+    rows = [row for rank in ranks for row in rank[0]]
+    states = {
+        key: state for rank in ranks for key, state in rank[1].items()
+    }  # ranks that share an engine: once
+    busy = [seconds["sample"] + seconds["values"] for _, _, seconds, _ in ranks]
+    seconds = {name: max(rank[2][name] for rank in ranks) for name in seconds}  # of the slowest rank
+    counts = {name: sum(rank[3][name] for rank in ranks) for name in counts}
+    rewards, finished, lengths, zeros, prompt_tokens, response_tokens = zip(*rows)
+    sampled = sum(response_tokens)
+    values, rollouts, value_tokens = zip(*states.values()) if states else ((), (), ())
+    metrics = dict(
+        reward=statistics.mean(rewards),
+        unfinished=statistics.mean(not ended for ended in finished),
+        zero_advantages=sum(zeros) / max(1, sampled),  # share of the action tokens
+        prefix_cache_hit_rate=counts.pop("found") / max(1, counts.pop("looked_up")),  # of prompt tokens
+        tokens_per_second=(sampled + sum(value_tokens)) / (seconds["sample"] + seconds["values"]),
+        # share of the rollouts' time that a rank waits for the slowest
+        idle=1 - statistics.mean(busy) / (seconds["sample"] + seconds["values"]),
+    )
+    if of_steps:
+        metrics |= dict(
+            steps_per_response=statistics.mean(lengths),
+            states=len(states),
+            rollouts=sum(rollouts),
+            value_mean=statistics.mean(values or [0.0]),
+            value_std=statistics.pstdev(values or [0.0]),
+        )
+    tokens = dict(sample=sampled, values=sum(value_tokens), train=epochs * (sampled + sum(prompt_tokens)))
+    for unit, numbers in (("seconds", seconds), ("tokens", tokens)):
+        metrics |= {f"{unit}_{name}": value for name, value in numbers.items()}
+    return metrics | counts
+
+
+def evaluation_metrics(episodes, sharers):
+    """Accuracy and sampled tokens of an evaluation over all ranks; every rank calls it. sharers: ranks of an engine."""
+    rows = over_ranks([(e.reward, len(e.response_ids)) for e in episodes])
+    rewards, tokens = zip(*rows)  # those of an engine once from each of its sharers
+    return {"accuracy": statistics.mean(rewards), "tokens_evaluate": sum(tokens) // sharers}
+
+
+def rounded(value):
+    """A float to six digits for metrics.jsonl, None if it is not finite: JSON has no such numbers."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if abs(value) < float("inf") else None
+
+
+def check_report(to):
+    """Raise ValueError if metrics cannot be sent there."""
+    need(
+        to in ("none", "tensorboard", "wandb"),
+        f"--report_to {to} is not known: use none, tensorboard or wandb",
+    )
+    try:
+        importlib.import_module("json" if to == "none" else to)
+    except ImportError:
+        raise ValueError(f"--report_to {to}: the package is not installed (pip install {to})") from None
+
+
+class Report:
+    """Sends metrics to Weights & Biases or TensorBoard, where asked for. done: iterations so far."""
+
+    def __init__(self, s, folder, done):
+        self.writer = self.wandb = None
+        if s.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder, purge_step=done + 1)
+        if s.report_to == "wandb":
+            import wandb
+
+            self.wandb = wandb
+            wandb.init(project="vineppo", name=folder.name, config=asdict(s))
+
+    def __call__(self, iteration, metrics):
+        for name, value in metrics.items() if self.writer else ():
+            self.writer.add_scalar(name, value, iteration)
+        if self.wandb:
+            self.wandb.log(metrics, step=iteration)

@@ -1,0 +1,62 @@
+"""The process group: joining it, and what all ranks exchange. The device is chosen here and nowhere else."""
+
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def init_distributed():
+    """Join torchrun's process group, or form a group of one (python train.py). Returns this rank's torch.device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        alone = dict(
+            RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        os.environ |= {name: str(value) for name, value in alone.items()}
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return device
+
+
+def refuse(message):
+    """End the program with one line for its user, before the ranks have joined.
+
+    Rank 0 prints it and torchrun ends the others. An error that another rank alone has is printed
+    30 s later.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)
+    sys.exit(message)
+
+
+def over_ranks(items):
+    """The lists of all ranks, concatenated in the order of the ranks. All ranks call it."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def from_rank_0(value):
+    """Rank 0's value, on every rank. All ranks call it."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def sum_over_ranks(tensor):
+    """The tensor, summed over all ranks in place; as it is where no process group exists."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,223 @@
+"""A run: where it starts or goes on, its iterations and phases, and what it writes behind each of them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from support import run_folder
+from support.metrics import Phases, Report, evaluation_metrics, iteration_metrics, rounded
+from support.ranks import from_rank_0, over_ranks
+from support.settings import may_change
+from support.watch import Stopped
+
+KEPT_CHECKPOINTS = 2  # the newest ones, each with the state to resume from
+GAP = {
+    torch.float32: 0.001,
+    torch.bfloat16: 0.05,
+}  # of the engine's and the trainer's log-probabilities, on average
+
+
+class Run:
+    """Made before the ranks have joined, from settings alone; raises ValueError for a run folder that is not this run's."""
+
+    def __init__(self, s):
+        self.s, self.folder = s, Path(s.run_dir)
+        self.lines, self.warned, self.accuracy, self.progress = [], False, None, None
+        self._find_start()
+
+    def _find_start(self):
+        """Set `done`, `checkpoint` (None: from the beginning) and `changed`, which says what settings are new.
+
+        A run that was killed before its first checkpoint starts again.
+        """
+        self.done, self.checkpoint = run_folder.newest_checkpoint(self.folder)
+        self.changed = []
+        if self.s.resume and not self.checkpoint:
+            raise ValueError(f"--resume: {self.folder} holds no checkpoint (--save_every writes them)")
+        known = (self.checkpoint / "state" if self.checkpoint else self.folder) / "settings.json"
+        if not known.exists():
+            self.done, self.checkpoint = 0, None
+            return
+        before, now = json.loads(known.read_text()), asdict(self.s)
+        changed = {
+            k: f"--{k} was {before[k]}, now {v}" for k, v in now.items() if k in before and before[k] != v
+        }
+        refused = [words for name, words in changed.items() if name not in may_change(self.s)]
+        if refused:
+            what = f"--run_dir {self.folder} holds a run with other settings: {'; '.join(refused)}"
+            raise ValueError(f"{what}: name another folder, or take them back")
+        self.changed = [words for name, words in changed.items() if name not in ("run_dir", "resume")]
+
+    def is_finished(self):
+        return run_folder.whole(self.folder / "model")
+
+    def lock(self):
+        """Keep other processes out, on rank 0. Raises ValueError where one is in the folder."""
+        self.locked = run_folder.lock(self.folder)
+        self._find_start()  # once more: a run that was ending may have saved since
+        self.lines = run_folder.read_metrics(self.folder, self.done)
+
+    def join(self, watch, engine, grader, trainer, estimator, tokenizer):
+        """On all ranks: what the run is made of, set back to the checkpoint that it goes on from."""
+        self.watch, self.engine, self.grader = watch, engine, grader
+        self.trainer, self.estimator, self.tokenizer = trainer, estimator, tokenizer
+        start = self.done, self.checkpoint, self.changed, self.lines
+        self.done, self.checkpoint, self.changed, self.lines = from_rank_0(start)
+        self.first = dist.get_rank() == 0
+        self.saved = self.done
+        self.phase = Phases(watch, engine)
+        if self.checkpoint:
+            trainer.load(self.checkpoint / "state" / "policy")
+            estimator.load(self.checkpoint / "state")
+            self.say("; ".join([f"goes on after iteration {self.done} of {self.checkpoint}", *self.changed]))
+
+    def say(self, message):
+        if self.first:
+            tqdm.write(message)
+
+    # --- iterations ---
+
+    def evaluation_is_due(self, done):
+        """Whether the policy is to be evaluated after so many iterations. A resumed run does not do it twice."""
+        s, evaluated = (
+            self.s,
+            self.lines and self.lines[-1]["iteration"] == done and "accuracy" in self.lines[-1],
+        )
+        return s.eval_every and not evaluated and (done % s.eval_every == 0 or done == s.iterations)
+
+    def begin(self, evaluated):
+        """Before the first iteration. evaluated: episodes of an evaluation before training, or of one that a stop cut short."""
+        if evaluated and not self.watch.agreed:
+            self.accuracy = evaluation_metrics(evaluated, self.engine.sharers)["accuracy"]
+            last = self.lines.pop() if self.done else {"iteration": 0}
+            self.lines.append(last | {"accuracy": rounded(self.accuracy)})
+            self.say(f"accuracy{'' if self.done else ' before training'} {self.accuracy:.3f}")
+        if self.first:
+            self._settings(self.folder)
+            self.log = run_folder.open_metrics(self.folder, self.lines)
+            self.report = Report(self.s, self.folder, self.done)
+            if self.accuracy is not None:
+                self.report(self.done, {"accuracy": self.accuracy})
+        if self.watch.agreed:
+            raise Stopped
+
+    def iterations(self):
+        """The numbers of the iterations that are left, counted from 0."""
+        self.progress = tqdm(
+            initial=self.done, total=self.s.iterations, disable=not self.first, unit="it", dynamic_ncols=True
+        )
+        for iteration in range(self.done, self.s.iterations):
+            self.phase.reset()
+            self.grader.counts = dict.fromkeys(self.grader.counts, 0)
+            self.aborted = self.engine.aborted
+            yield iteration
+
+    def finished(self, iteration, episodes, metrics, evaluated):
+        """Behind an iteration: its line of metrics.jsonl, its stored episodes and a checkpoint, where they are due.
+
+        episodes: this rank's; metrics: of the update; evaluated: this rank's episodes of an
+        evaluation, or None. Raises Stopped if the run was to stop in that evaluation; it is made
+        when the run goes on.
+        """
+        s, self.done = self.s, iteration + 1
+        self._check(metrics)
+        if self.watch.agreed:
+            evaluated = None
+        metrics = {"iteration": self.done} | self._measured(episodes) | metrics
+        if evaluated:
+            metrics |= evaluation_metrics(evaluated, self.engine.sharers)
+            self.accuracy = metrics["accuracy"]
+        if metrics["aborted"]:
+            what = f"the engine gave up {metrics['aborted']} responses or rollouts; they count as unfinished"
+            self.say(f"iteration {self.done}: {what}")
+        if self.first:
+            self.log.write(json.dumps({name: rounded(value) for name, value in metrics.items()}) + "\n")
+            self.report(self.done, metrics)
+        self._show(metrics)
+        if s.store_every and (iteration == 0 or self.done % s.store_every == 0):
+            solutions = over_ranks([e.as_dict(self.engine.decode) for e in episodes])
+            if self.first:
+                run_folder.write_solutions(self.folder / "episodes" / f"{self.done:06}.jsonl.gz", solutions)
+        if s.save_every and self.done % s.save_every == 0:
+            self._save()
+        if self.watch.agreed:
+            raise Stopped
+
+    def _measured(self, episodes):
+        looked_up, found = (self.phase.cache["sample"][i] + self.phase.cache["values"][i] for i in (0, 1))
+        counts = dict(aborted=self.engine.aborted - self.aborted, looked_up=looked_up, found=found)
+        counts |= {f"answers_{name}": count for name, count in self.grader.counts.items()}
+        counts = {name: count * self.engine.leads for name, count in counts.items()}  # of an engine once
+        of_steps = self.s.algorithm == "vineppo"
+        return iteration_metrics(episodes, self.phase.seconds, counts, self.s.epochs, of_steps)
+
+    def _check(self, metrics):
+        """Say what is wrong with an update; raises RuntimeError with --strict where engine and trainer disagree."""
+        for name in ("skipped_steps", "critic_skipped_steps"):
+            if metrics.get(name):
+                why = "a loss or gradient was not finite, or the mean ratio was too large"
+                self.say(f"{metrics[name]} {name.replace('_', ' ')}: {why}")
+        limit = GAP[self.trainer.dtype]
+        if metrics["logprob_gap"] <= limit:  # false for NaN
+            return
+        text = (
+            "ENGINE AND TRAINER DISAGREE: their log-probabilities of the sampled tokens differ by "
+            f"{metrics['logprob_gap']:.2g} on average, more than {limit:g}. Likely causes: the new weights did not reach the "
+            "engine; cached prefixes of older weights; an architecture that vLLM and transformers compute differently "
+            "(attention window, rope scaling); low-precision kernels."
+        )
+        if self.s.strict:
+            raise RuntimeError(text)
+        if not self.warned:
+            self.say(text)
+        self.warned = True
+
+    def _show(self, metrics):
+        shown = dict(
+            reward=f"{metrics['reward']:.2f}", acc="-" if self.accuracy is None else f"{self.accuracy:.3f}"
+        )
+        shown |= dict(kl=f"{metrics['kl']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+        self.progress.set_postfix(shown, refresh=False)
+        self.progress.update()
+
+    # --- saving ---
+
+    def _settings(self, folder):
+        run_folder.write_text(folder / "settings.json", json.dumps(asdict(self.s), indent=1) + "\n")
+
+    def _save(self):
+        """checkpoints/`done`."""
+        run_folder.write_checkpoint(self.folder, self.done, self._write_checkpoint, KEPT_CHECKPOINTS)
+        self.saved = self.done
+
+    def _write_checkpoint(self, draft):
+        self.trainer.save(draft / "state" / "policy")
+        self.estimator.save(draft / "state")
+        self._write_model(draft)
+        if self.first:
+            self._settings(draft / "state")
+
+    def _write_model(self, draft):
+        self.trainer.save_pretrained(self.tokenizer, draft)
+
+    def save_and_stop(self):
+        """After Stopped: a checkpoint of the last whole iteration. Raises the error that stopped the run, if it was one."""
+        if self.progress:
+            self.progress.close()
+        if self.done > self.saved:
+            self._save()
+        goes_on = f"stopped after iteration {self.done}; the same command goes on from there"
+        self.say(goes_on if self.done else "stopped; there was nothing to save yet")
+        if self.watch.error:
+            raise self.watch.error
+
+    def end(self):
+        """Write the final model."""
+        self.progress.close()
+        run_folder.write_folder(self.folder / "model", self._write_model)
+        accuracy = "" if self.accuracy is None else f"; accuracy {self.accuracy:.3f}"
+        self.say(f"wrote {self.folder / 'model'}{accuracy}")
