@@ -13,7 +13,7 @@ from pathlib import Path
 from support.arithmetic import arithmetic
 from support.files import FILE_TYPES, only_file, read_rows
 
-# All four models of the paper were tuned on this prompt (paper.md of the released configs); the response begins right after it.
+# All four models of the paper were tuned on this prompt; the response begins right after it.
 PAPER_TEMPLATE = "[MATH_TASK] Problem:\n{problem}\n\nSolution:"
 CHAT_TEMPLATES = {  # what a chat model is asked, inside its own chat markup
     "math": "{problem}\n\nReason step by step, and put your final answer within \\boxed{}.",
@@ -41,9 +41,8 @@ def load(dataset, template=None, chat=False):
     lists of Problem. Raises ValueError, one line that says what, where and what to do.
     """
     if template is not None and "{problem}" not in template:
-        raise ValueError(
-            f"--prompt_template {template!r} has no {{problem}} in it: put {{problem}} where the problem goes"
-        )
+        problem = "has no {problem} in it: put {problem} where the problem goes"
+        raise ValueError(f"--prompt_template {template!r} {problem}")
     path = Path(dataset)
     if dataset == "arithmetic":
         rows = arithmetic(20_000, 500)
@@ -60,17 +59,15 @@ def load(dataset, template=None, chat=False):
     elif path.is_file():
         numbered = read_rows(path)
         if len(numbered) < 2:
-            raise ValueError(
-                f"{path} has one row: a single file needs at least two, one to train on and one to test on"
-            )
+            need = "a single file needs at least two, one to train on and one to test on"
+            raise ValueError(f"{path} has one row: {need}")
         held_out = range(9, len(numbered), 10) if len(numbered) >= 10 else [len(numbered) - 1]
         rows = [[row for i, row in enumerate(numbered) if i not in held_out], [numbered[i] for i in held_out]]
     elif path.suffix in FILE_TYPES or len(path.parts) > 1:
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     else:
-        raise ValueError(
-            f"--dataset {dataset} is not known: use math, gsm8k, arithmetic, or the path of a {'/'.join(FILE_TYPES)} file or folder"
-        )
+        own = f"the path of a {'/'.join(FILE_TYPES)} file or folder"
+        raise ValueError(f"--dataset {dataset} is not known: use math, gsm8k, arithmetic, or {own}")
     train, test = ([_problem(where, row) for where, row in split] for split in rows)
     if template is None and chat:
         boxed = "\\boxed" in train[0].solution or dataset == "math"
@@ -84,7 +81,8 @@ def load(dataset, template=None, chat=False):
 
 
 def encode(problems, tokenizer, max_prompt, chat=False):
-    """The problems with the token ids of their prompts, by the tokenizer's own rule for BOS, or inside its chat template.
+    """The problems with the token ids of their prompts, by the tokenizer's own rule for BOS, or
+    inside its chat template.
 
     Returns (kept, skipped): skipped counts the problems that are left out, since their prompt is
     longer than max_prompt.
@@ -106,7 +104,8 @@ def encode(problems, tokenizer, max_prompt, chat=False):
 
 
 def encode_splits(splits, tokenizer, s, say=None):
-    """The problems of each split, encoded; raises ValueError if none of a split has a prompt that is short enough.
+    """The problems of each split, encoded; raises ValueError if none of a split has a prompt that
+    is short enough.
 
     s: settings with max_sequence, max_tokens and chat. say: prints how many were skipped.
     """
@@ -123,9 +122,8 @@ def _problem(where, row):
     """Problem of one row; its prompt is still the bare problem text."""
     text = row.get("problem") or row.get("question")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(
-            f"{where} has no problem: needs a column problem or question, found {', '.join(map(str, row)) or 'none'}"
-        )
+        found = ", ".join(map(str, row)) or "none"
+        raise ValueError(f"{where} has no problem: needs a column problem or question, found {found}")
     if "answer" not in row and "solution" not in row:
         raise ValueError(f"{where}: needs a column answer or solution, found {', '.join(map(str, row))}")
     answer = str(row["answer"]).strip() if row.get("answer") is not None else ""
@@ -136,14 +134,15 @@ def _problem(where, row):
         solution, answer = answer, ""
     answer = answer or _gold(solution)
     if not answer:
-        raise ValueError(
-            f"{where} has no gold answer: fill answer, or end the solution in \\boxed{{..}} or '#### n'"
-        )
+        advice = "fill answer, or end the solution in \\boxed{..} or '#### n'"
+        raise ValueError(f"{where} has no gold answer: {advice}")
     return Problem(text, answer, re.sub(r"<<[^<>\n]*>>", "", solution))  # GSM8K's calculator marks
 
 
 def _gold(solution):
-    """The answer at the end of a well-formed solution, "" where there is none (grader.extract_answer is the one for sampled text)."""
+    """The answer at the end of a well-formed solution, "" where there is none
+    (grader.extract_answer is the one for sampled text).
+    """
     if "####" in solution:
         return solution.rsplit("####", 1)[1].strip()
     start, depth = solution.rfind("\\boxed{"), 0

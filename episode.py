@@ -14,23 +14,24 @@ from steps import step_boundaries, token_starts
 class Completion:
     """What the engine sampled behind a prompt and prefix. The rollouts of a state are such."""
 
-    token_ids: list[
-        int
-    ]  # as sampled, EOS and the tokens of a stop string included: they are actions like any other
+    token_ids: list[int]  # as sampled, with EOS and the tokens of a stop string, which are actions too
     text: str  # of prefix and token_ids together, cut off before a stop string
     finished: bool  # ended by EOS or a stop string, not by the token limit
-    logprobs: list[float] | None  # per token, at temperature 1 and before top-p; None unless asked for
+    logprobs: list[float] | None  # per token, at temperature 1, before top-p; None unless asked for
     reward: float = 0.0  # 1.0 if it is finished and its answer is right
 
 
 @dataclass(eq=False)
 class State:
-    """s_t: a prompt and the first t steps of a response to it. Its value is the mean reward of rollouts from it."""
+    """s_t: a prompt and the first t steps of a response to it.
+
+    Its value is the mean reward of rollouts from it.
+    """
 
     prompt_ids: list[int]
     prefix_ids: list[int]  # the very ids that were sampled up to here; empty: s_0, the prompt
     answer: str = ""  # gold
-    rest: int = 0  # tokens that the response has behind the state: how long rollouts from it may become
+    rest: int = 0  # tokens that its response has behind it: how long rollouts may become
     home: int = 0  # number of the engine whose response it belongs to
     number: int = 0  # among the distinct states of that engine's responses
     rollouts: list[Completion] = field(default_factory=list)  # [K]
@@ -59,10 +60,8 @@ class Episode:
     engine_logprobs: list[float] | None = None  # [T], at temperature 1 and before top-p
     reward: float = 0.0  # R: 1.0 if it is finished and its answer is right
     # steps and their values: vine.py
-    boundaries: list[int] = field(default_factory=list)  # [S + 1], the token at which each step begins, and T
-    states: list[State | None] = field(
-        default_factory=list
-    )  # [S], before each step; None beyond max_valued_steps
+    boundaries: list[int] = field(default_factory=list)  # [S + 1], where each step begins; and T
+    states: list[State | None] = field(default_factory=list)  # [S], before each step; None: not valued
     step_values: list[float | None] = field(default_factory=list)  # [S], V(s_t)
     # a critic's: baselines/critic.py
     token_values: list[float] = field(default_factory=list)  # [T], predicted before each token
@@ -82,12 +81,8 @@ class Episode:
 
     def take(self, completions):
         (c,) = completions
-        self.response_ids, self.text, self.finished, self.engine_logprobs = (
-            c.token_ids,
-            c.text,
-            c.finished,
-            c.logprobs,
-        )
+        self.response_ids, self.text, self.finished = c.token_ids, c.text, c.finished
+        self.engine_logprobs = c.logprobs
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.response_ids)
@@ -106,7 +101,8 @@ class Episode:
             step = dict(text=text, advantage=statistics.mean(self.advantages[a:b]), value=None)
             if self.states:
                 rollouts = self.states[t].rollouts if self.states[t] else []
-                right, wrong = ([r for r in rollouts if r.reward == reward] for reward in (1.0, 0.0))
+                right = [r for r in rollouts if r.reward]
+                wrong = [r for r in rollouts if not r.reward]
                 step |= dict(value=self.step_values[t], right=len(right), K=len(rollouts))
                 few = right[:shown] + wrong[:shown]
                 step["rollouts"] = [(r.reward, r.text[starts[a] :]) for r in few]
@@ -118,7 +114,10 @@ class Episode:
 
 
 class Estimator:
-    """Where the advantages of an algorithm come from; all else is shared. Only set_advantages is required."""
+    """Where the advantages of an algorithm come from; all else is shared.
+
+    Only set_advantages is required.
+    """
 
     networks = ()  # sharded models of its own, which train beside the policy
 
@@ -126,7 +125,10 @@ class Estimator:
         """A response has ended, while others are still being written: begin what can be begun."""
 
     def deal(self):
-        """All ranks have their responses. The only one of the first three in which ranks may talk to each other."""
+        """All ranks have their responses.
+
+        The only one of the first three in which ranks may talk to each other.
+        """
 
     def finish(self):
         """Complete what start began. The engine still runs."""

@@ -1,4 +1,5 @@
-r"""Is the final answer of a text right? The reward of RL: it is exact, never hangs, and never executes what it reads.
+r"""Is the final answer of a text right? The reward: exact, without hanging, and without executing
+anything.
 
     grader = Grader(workers=4, timeout=1.0)
     grader.grade(texts, golds)  # [True, False, ...]
@@ -19,7 +20,7 @@ from support.symbolic import Workers
 
 
 def set_rewards(grader, records):
-    """R of the responses of episodes, or of the rollouts of states: 1.0 for a finished one whose answer is right, else 0.0."""
+    """The reward of each response or rollout: 1.0 for a finished one whose answer is right, else 0.0."""
     responses = [response for record in records for response in record.responses]
     golds = [record.answer for record in records for _ in record.responses]
     for response, right in zip(responses, grader.grade(list(map(_final_text, responses)), golds)):
@@ -40,7 +41,7 @@ def _final_text(response):
 
 
 def extract_answer(text):
-    r"""The final answer that a response states: the last \boxed{..}, else the last "#### ..", else the last "The answer is ..".
+    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else "The answer is ..".
 
     None where there is none. A last box that is empty or never closed is no answer, and an earlier
     one does not take its place.
@@ -57,7 +58,9 @@ def extract_answer(text):
 
 
 def _inside_braces(text, start):
-    """The stripped text from start to the brace that closes the one before start; None if it is empty or the brace never closes."""
+    """The stripped text up to the brace that closes the one before start; None if empty, or if none
+    closes.
+    """
     depth = 1
     for m in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(m.group(), 0)
@@ -70,7 +73,7 @@ def _inside_braces(text, start):
 
 
 class Grader:
-    """Grades with `workers` processes for the symbolic part; a pair that needs it for longer than timeout seconds is False.
+    """Grades with `workers` processes for the symbolic part, which has `timeout` seconds for a pair.
 
     counts: pairs graded, answered from the cache (every distinct pair is graded once), timed_out,
     and texts with no_answer. on_graded is called after each pair, in the thread that graded it.
@@ -85,7 +88,10 @@ class Grader:
         self._workers = Workers(workers)
 
     def start(self, texts, golds):
-        """Begin to grade, in the background, what grade will be asked later. Returns the pairs of a final answer and its gold answer."""
+        """Begin to grade in the background what grade will be asked.
+
+        Returns pairs (final answer, gold answer).
+        """
         pairs = [(extract_answer(text), gold) for text, gold in zip(texts, golds, strict=True)]
         for pair in pairs:
             if pair not in self.cache and pair not in self._started and pair[0] is not None:
@@ -93,23 +99,22 @@ class Grader:
         return pairs
 
     def grade(self, texts, golds):
-        """Whether each text's final answer equals its gold answer (the bare answer). Lists of equal length -> list of bool."""
+        """Whether each text's final answer equals its gold answer, a bare answer: list of bool."""
         pairs = self.start(texts, golds)
         if len(self.cache) > self.MAX_CACHE:
             self.cache = {pair: self.cache[pair] for pair in pairs if pair in self.cache}
         new = {pair for pair in pairs if pair in self._started}
         results = {pair: self._started.pop(pair).result() for pair in new}
         known = self.cache | results
-        # a pair that ran out of time, perhaps on a busy machine, gets another chance; what is too long is not worth its memory
-        self.cache |= {
-            pair: right for pair, right in results.items() if right is not None and len(pair[0]) <= MAX_LENGTH
-        }
+        for pair, right in results.items():
+            # one that ran out of time, perhaps on a busy machine, gets another chance
+            if right is not None and len(pair[0]) <= MAX_LENGTH:
+                self.cache[pair] = right
         missing = sum(answer is None for answer, _ in pairs)
-        timed_out = sum(right is None for right in results.values())
-        for name, count in dict(
-            graded=len(new), cached=len(pairs) - missing - len(new), timed_out=timed_out, no_answer=missing
-        ).items():
-            self.counts[name] += count
+        self.counts["graded"] += len(new)
+        self.counts["cached"] += len(pairs) - missing - len(new)
+        self.counts["timed_out"] += sum(right is None for right in results.values())
+        self.counts["no_answer"] += missing
         return [bool(known.get(pair)) for pair in pairs]
 
     def _grade_pair(self, pair):
@@ -135,13 +140,13 @@ class Grader:
                 self.on_graded()
 
     def close(self):
-        """End the workers. They end by themselves, too, when this process ends in whatever way: their input closes."""
+        """End the workers."""
         self._threads.shutdown(cancel_futures=True)
         self._workers.close()
 
 
 def is_correct(text, gold):
-    """Whether one text's final answer equals the bare gold answer, by the same rules and within the same time limit."""
+    """Whether one text's final answer equals the bare gold answer."""
     global _grader
     _grader = _grader or Grader()
     return _grader.grade([text], [gold])[0]

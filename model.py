@@ -37,7 +37,9 @@ def token_entropy(logits, temperature=1.0):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward gives the log-probabilities of action tokens; only they pass through its head."""
+    """A causal language model whose forward gives the log-probabilities of action tokens; only they
+    pass through its head.
+    """
 
     def __init__(self, network):
         super().__init__()
@@ -49,9 +51,8 @@ class Policy(torch.nn.Module):
         details, for scoring without a gradient: [3, N], with the log-probabilities at temperature 1
         and the entropies.
         """
-        hidden = self.network.base_model(**m.inputs(), use_cache=False).last_hidden_state[
-            0, m.positions
-        ]  # [N, D]
+        hidden = self.network.base_model(**m.inputs(), use_cache=False).last_hidden_state  # [1, L, D]
+        hidden = hidden[0, m.positions]  # [N, D]
         head = self.network.get_output_embeddings()
         if not details:
             return ChunkedLogprobs.apply(hidden, head.weight, head.bias, m.targets, temperature)
@@ -122,7 +123,8 @@ def packed_attention(
     sliding_window=None,
     **other,
 ):
-    """Causal attention inside each of several sequences that stand one behind the other: [1, H, T, D] -> ([1, T, H, D], None).
+    """Causal attention inside each of several sequences that stand one behind the other: [1, H, T,
+    D] -> ([1, T, H, D], None).
 
     torch's variable-length flash kernel for bf16 on GPUs, else SDPA, one sequence after the other.
     transformers calls it for attn_implementation="packed"; lengths (a list of ints) and cu_seqlens
@@ -141,9 +143,8 @@ def packed_attention(
     for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value))):
         mask, length = None, q.shape[2]
         if sliding_window and length > sliding_window:
-            mask = (
-                torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-            )
+            every = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            mask = every.tril().triu(1 - sliding_window)
         options = dict(is_causal=mask is None, scale=scaling, enable_gqa=True)
         parts.append(F.scaled_dot_product_attention(q, k, v, mask, **options))
     return torch.cat(parts, 2).transpose(1, 2), None
@@ -162,7 +163,10 @@ def compute_dtype(device, bfloat16=None):
 
 
 def device_mesh(device, hybrid=False):
-    """All ranks; hybrid: [machines, ranks of each], to shard within a machine and replicate across. For fully_shard."""
+    """All ranks; hybrid: [machines, ranks of each], to shard within a machine and replicate across.
+
+    For fully_shard.
+    """
     world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     shape, names = ((world // local, local), ("replicate", "shard")) if hybrid else ((world,), None)
     return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -190,9 +194,7 @@ def load_sharded(
         setattr(config, name, value)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None):
-            raise ValueError(
-                f"{path}: its logits are the head's output changed by {name}, which is not built here"
-            )
+            raise ValueError(f"{path}: its head's output is changed by {name}, which is not built here")
     network = architecture.from_pretrained(
         path, config=config, dtype="auto" if trainable else compute, attn_implementation="packed",
         trust_remote_code=trust_remote_code, use_safetensors=True,
@@ -214,7 +216,9 @@ def load_sharded(
 
 
 def load_tokenizer(s):
-    """The tokenizer of s.model. Raises ValueError for a model that is not there, or that a run could not use.
+    """The tokenizer of s.model.
+
+    Raises ValueError for a model that is not there, or that a run could not use.
 
     s: settings with dataset, model, max_sequence and perhaps trust_remote_code.
     """
@@ -254,7 +258,9 @@ def full_tensors(model):
 
 
 def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
-    """Write a sharded network as a Hugging Face folder (safetensors), for from_pretrained and `vllm serve`. All ranks call it."""
+    """Write a sharded network as a Hugging Face folder (safetensors), for from_pretrained and `vllm
+    serve`. All ranks call it.
+    """
     state = {}
     for name, tensor in full_tensors(model):
         if dist.get_rank() == 0:
@@ -269,13 +275,17 @@ def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
 
 
 def save_state(folder, model, optimizer, step):
-    """Write a sharded network, its optimizer and the number of its steps with torch.distributed.checkpoint; all ranks call it."""
+    """Write a sharded network, its optimizer and the number of its steps with
+    torch.distributed.checkpoint; all ranks call it.
+    """
     weights, optimizer = get_state_dict(model.network, optimizer)
     dcp.save({"model": weights, "optimizer": optimizer, "step": step}, checkpoint_id=folder)
 
 
 def load_state(folder, model, optimizer):
-    """Read what save_state wrote into the network and its optimizer, on any number of ranks; returns the step."""
+    """Read what save_state wrote into the network and its optimizer, on any number of ranks;
+    returns the step.
+    """
     weights, optimizer_state = get_state_dict(model.network, optimizer)
     state = {"model": weights, "optimizer": optimizer_state, "step": 0}
     dcp.load(state, checkpoint_id=folder)

@@ -1,4 +1,5 @@
-"""The engine, one vLLM inside each rank's process: it samples, takes the trainer's weights, and sleeps while the GPU trains.
+"""The engine, one vLLM in each rank's process: it samples, takes new weights, and sleeps while the
+GPU trains.
 
     sample(engine, grader, episodes, s)     responses of episodes, with their rewards
     evaluate(engine, grader, problems, s)   the same at the settings of evaluations
@@ -12,9 +13,8 @@ import warnings
 from collections import deque
 from dataclasses import replace
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-    "0"  # the engine lives in this process; read when vLLM is imported
-)
+# read when vLLM is imported
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
@@ -57,7 +57,7 @@ def sample(engine, grader, episodes, s, on_response=None, logprobs=True):
 
 
 def evaluate(engine, grader, problems, s):
-    """Episodes with rewards: s.eval_samples responses to each of this engine's share of the problems."""
+    """Episodes with rewards: s.eval_samples responses to each problem of this engine's share."""
     episodes = episodes_for(engine.share(problems), s.eval_samples)
     settings = replace(s, temperature=s.eval_temperature, top_p=s.eval_top_p)
     sample(engine, grader, episodes, settings, logprobs=False)
@@ -79,20 +79,12 @@ class Engine:
         self, model, *, max_sequence, stop=(), bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1,
         trust_remote_code=False, on_step=None,
     ):  # fmt: skip
-        self.on_gpu, self.stop, self.asleep, self.on_step = (
-            torch.cuda.is_available(),
-            list(stop),
-            False,
-            on_step,
-        )
+        self.on_gpu, self.stop, self.on_step = torch.cuda.is_available(), list(stop), on_step
+        self.asleep = False
         self.sharers = tensor_parallel  # ranks that share this engine's model
-        self.number, self.engines = (
-            dist.get_rank() // tensor_parallel,
-            dist.get_world_size() // tensor_parallel,
-        )
-        self.leads = (
-            dist.get_rank() % tensor_parallel == 0
-        )  # of its sharers, the one that speaks for the engine
+        self.engines = dist.get_world_size() // tensor_parallel
+        self.number = dist.get_rank() // tensor_parallel  # of this engine among all
+        self.leads = dist.get_rank() % tensor_parallel == 0  # the sharer that speaks for the engine
         self.waiting = deque()  # (record, SamplingParams) for which vLLM has no room yet
         self.running = {}  # request id -> (record, SamplingParams)
         self.submitted, self.steps = 0, 0
@@ -132,16 +124,15 @@ class Engine:
     # --- requests ---
 
     def seed(self, *numbers):
-        """From here on the samples depend on these integers, the weights and the engine's number, not on earlier samples."""
+        """From here on samples depend on these integers, the weights and the engine's number alone."""
         number = hash((*numbers, self.number))
-        torch.manual_seed(
-            number % 2**63
-        )  # vLLM draws from the global generators: torch's, or on GPUs for top_p = 1 numpy's
+        # vLLM draws from the global generators: torch's, or on GPUs for top_p = 1 numpy's
+        torch.manual_seed(number % 2**63)
         np.random.seed(number % 2**32)
         self._forget_prefixes()  # a cached prefix differs from one computed anew in the last bit
 
     def submit(self, record, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        """Queue n completions of a record: the ids of its prompt and prefix. step() gives it back with them.
+        """Queue n completions of a record's prompt and prefix. step() gives the record back with them.
 
         Records may be submitted while others are written. Those for which vLLM has no room are in
         `waiting`.
@@ -171,25 +162,29 @@ class Engine:
             self.llm.llm_engine.add_request(request_id, prompt, params)
 
     def step(self):
-        """One step of the engine, a token for each running sequence: [(record, its completions)] of those that end."""
+        """One step, a token for each running sequence: [(record, its completions)] of those that end."""
         if self.on_step:
             self.on_step()
         self.steps += 1
         ended = {output.request_id: output.outputs for output in self.llm.llm_engine.step()}
         if not ended and not self.llm.llm_engine.has_unfinished_requests():
-            ended = {request_id: [] for request_id in self.running}  # vLLM dropped these and said nothing
+            ended = dict.fromkeys(self.running, [])  # vLLM dropped these and did not say so
         done = []
         for request_id, outputs in ended.items():
             record, params = self.running.pop(request_id)
             completions = [self._completion(record.prefix_ids, output) for output in outputs]
             missing = params.n - len(completions)
             self.aborted += missing
-            done.append((record, completions + [Completion([], "", False, None) for _ in range(missing)]))
+            completions += [Completion([], "", False, None) for _ in range(missing)]
+            done.append((record, completions))
         self._fill()
         return done
 
     def advance(self, grader):
-        """One step. Fills the records that end with it, begins to grade them in the background, and returns them."""
+        """One step.
+
+        Fills the records that end with it, begins to grade them in the background, returns them.
+        """
         ended = []
         for record, completions in self.step():
             record.take(completions)
@@ -203,13 +198,14 @@ class Engine:
         if output.logprobs is not None:
             logprobs = [entry[i].logprob for entry, i in zip(output.logprobs, ids)]
         text = self.decode(prefix_ids + ids)
-        stops = [text.find(s) for s in self.stop if s in text]  # vLLM overlooks one that begins in the prefix
+        # vLLM overlooks a stop string that begins in the prefix
+        stops = [text.find(s) for s in self.stop if s in text]
         self.aborted += output.finish_reason not in ("stop", "length")
         finished = output.finish_reason == "stop" or bool(stops)
         return Completion(ids, text[: min(stops, default=len(text))], finished, logprobs)
 
     def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        """n completions of each prompt, a list of token ids. max_tokens: one limit for all, or one per prompt."""
+        """n completions of each prompt, a list of token ids. max_tokens: one limit, or one per prompt."""
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         records = [State(prompt, []) for prompt in prompts]
         for record, limit in zip(records, limits):
@@ -226,13 +222,13 @@ class Engine:
     # --- weights and memory ---
 
     def load_weights(self, named_tensors):
-        """Take the policy's new weights, an iterator of (name, whole tensor); forget the prefixes cached under the old ones."""
+        """Take the policy's new weights, an iterator of (name, whole tensor), and wake."""
         self._wake("weights")
         # one call for all: with several, each restores the layers that it does not bring
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         self._wake("kv_cache")
         self.asleep = False
-        self._forget_prefixes()  # vLLM keeps them across weight updates: the values would be the old policy's
+        self._forget_prefixes()  # vLLM keeps them across weight updates: values would be the old policy's
 
     def _forget_prefixes(self):
         if not self.llm.reset_prefix_cache():
@@ -250,7 +246,7 @@ class Engine:
 
     def prefix_cache_counts(self):
         """(prompt tokens looked up, prompt tokens found) in the prefix cache since the engine started."""
-        counts = {m.name: m.value for m in self.llm.get_metrics() if m.name.startswith("vllm:prefix_cache")}
+        counts = {m.name: m.value for m in self.llm.get_metrics() if "prefix_cache" in m.name}
         return counts["vllm:prefix_cache_queries"], counts["vllm:prefix_cache_hits"]
 
     def shutdown(self):

@@ -1,6 +1,7 @@
-"""Supervised fine-tuning, the stage before RL: teach a model a dataset's solutions, with the loss on the response alone.
+"""Supervised fine-tuning, the stage before RL: teach a model a dataset's solutions, with the loss
+on the response alone.
 
-    python sft.py --dataset arithmetic --out runs/sft                # makes the tiny model too; torchrun --nproc_per_node=2 is faster
+    python sft.py --dataset arithmetic --out runs/sft      # makes the tiny model too
     torchrun --nproc_per_node=8 sft.py --dataset math --model microsoft/rho-math-1b-v0.1 --out runs/sft-math
 
 The result is a Hugging Face folder: train.py --model takes it.
@@ -25,8 +26,8 @@ from transformers.utils import logging
 
 import data
 from episode import Episode
+from learner import learning_rate, micro_batch
 from model import compute_dtype, load_sharded, save_pretrained
-from ppo import learning_rate, micro_batch
 from support.arithmetic import tiny_model
 from support.ranks import from_rank_0, init_distributed, refuse
 from support.settings import parse, setting
@@ -41,21 +42,20 @@ class Settings:
         None, "Hugging Face folder or hub name to start from; None: arithmetic's tiny model"
     )
     out: str = setting("runs/sft", "folder that the model is written to")
-    epochs: float = setting(2.0, "passes over the training problems; the paper's SFT: 2 (MATH)", above=0)
+    epochs: float = setting(2.0, "passes over the training problems; the paper: 2", above=0)
     batch: int = setting(64, "sequences per optimizer step over all ranks", min=1)
     micro_batch: int = setting(
         8, "sequences per forward pass of a rank; memory and speed, not the result", min=1
     )
-    learning_rate: float = setting(1e-5, "peak; 3 percent linear warm-up, then linear decay to 0", above=0)
+    learning_rate: float = setting(1e-5, "peak; 3 percent warm-up, then linear decay to 0", above=0)
     max_tokens: int = setting(2048, "longer sequences are skipped and counted", min=1)
-    prompt_template: str | None = setting(None, "prompt text with {problem} in it; None: the paper's")
+    prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     seed: int = setting(0, "of the weights and of the order of the sequences")
 
 
-PRESETS = {
-    "arithmetic": dict(batch=32, micro_batch=32, learning_rate=4e-3)
-}  # a minute and a half on two cores
+# a minute and a half on two cores
+PRESETS = {"arithmetic": dict(batch=32, micro_batch=32, learning_rate=4e-3)}
 
 
 def sequences(problems, tokenizer, max_tokens, chat):
@@ -72,7 +72,8 @@ def sequences(problems, tokenizer, max_tokens, chat):
 
 
 def finetune(policy, episodes, device, *, epochs, batch, micro_batch_size, peak, seed):
-    """Minimize the mean negative log-likelihood of the response tokens, per optimizer step over all ranks.
+    """Minimize the mean negative log-likelihood of the response tokens, per optimizer step over all
+    ranks.
 
     All ranks are given the same episodes and take turns in them. Yields (step, number of steps,
     loss) after each step.

@@ -1,6 +1,6 @@
 """Where a response is cut into steps: in its text by one of several rules, then in its token ids.
 
-    step_boundaries("paper", text, token_ids, decode)  ->  [0, 12, 31, ..], the token at which each step begins, and the end
+    step_boundaries("paper", text, token_ids, decode)  ->  [0, 12, 31, ..]
 
 Rules: "paper" (split_steps), "newline" (each line a step), "sentence" (a step ends at a full stop
 before a capital letter), "tokens:100" (chunks of 100 tokens). Pure functions on strings and token
@@ -40,12 +40,10 @@ def step_boundaries(rule, text, token_ids, decode):
     return token_boundaries(cuts, token_starts(token_ids, decode))
 
 
-# --- steps: where the text of a response is cut ---------------------------------------------------------------------------------
+# --- the paper's rule ---
 
-SHORT, SHORT_LINE = (
-    20,
-    12,
-)  # characters: a shorter piece that is no sentence joins its neighbour; so does a shorter line of a display
+# characters: a shorter piece that is no sentence joins its neighbour; so does a shorter line of a display
+SHORT, SHORT_LINE = 20, 12
 LONG = 100  # characters: a longer piece is cut near its middle ...
 HALF_TEXT, HALF_FORMULA = 40, 20  # ... where both halves keep this many characters
 
@@ -62,16 +60,14 @@ OPENING_LINE = re.compile(
     rf"(\s|\$\$|\\\[|\[asy\]|\\begin{ENVIRONMENT}(\{{[^{{}}\n]{{0,20}}\}})?|\\left[\[({{.])+"
 )
 CLOSING_LINE = re.compile(rf"(\s|\$\$|\\\]|\[/asy\]|\\end{ENVIRONMENT}|\\right[\])}}.]|[.,;])+")
-PAUSES = [
-    re.compile(p) for p in (r",(?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")
-]  # a long piece is cut behind these in text,
-RELATIONS = [
-    re.compile(p) for p in (r",(?:\$\$?|\\[)\]])", r"(?<![\\<>=!])=", r"\\equiv(?![a-zA-Z])")
-]  # else behind these in formulas
+# a long piece is cut behind these in text, else behind those in formulas
+PAUSES = [re.compile(p) for p in (r",(?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")]
+RELATIONS = [re.compile(p) for p in (r",(?:\$\$?|\\[)\]])", r"(?<![\\<>=!])=", r"\\equiv(?![a-zA-Z])")]
 
 
 def split_steps(text):
-    """Character boundaries of the reasoning steps of a response: strictly increasing from 0 to len(text) ([0] for "").
+    """Character boundaries of the steps of a response: strictly increasing from 0 to len(text) ([0]
+    for "").
 
     A response that ends in a "#### n" line, or is without any letter, has one step a line: each
     newline begins the next step, and the "#### n" line belongs to the step before it (the paper's
@@ -115,7 +111,10 @@ def split_steps(text):
 
 
 def _formulas(text):
-    """Outermost formulas [(start, stop, opener)] in order. A delimiter without a partner is text; `$` stays in its paragraph."""
+    """Outermost formulas [(start, stop, opener)] in order.
+
+    A delimiter without a partner is text; `$` finds its partner in its own paragraph.
+    """
     waiting, found = {}, []  # waiting: opener -> where openers stand that have no partner yet
     for m in DELIMITER.finditer(text):
         mark = m.group()
@@ -143,10 +142,11 @@ def _formulas(text):
 
 
 def _display_lines(text, start, stop):
-    """Where lines of the display text[start:stop] begin; one that only opens or closes an environment belongs to its neighbour."""
-    line_start = text.rfind("\n", max(0, start - SHORT), start) + 1 or max(
-        0, start - SHORT
-    )  # of the line in which the display opens
+    """Where lines of the display text[start:stop] begin; one that only opens or closes it joins a
+    neighbour.
+    """
+    near = max(0, start - SHORT)
+    line_start = text.rfind("\n", near, start) + 1 or near  # of the line in which the display opens
     lines = [line_start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
     for previous, line, following in zip(lines, lines[1:], lines[2:]):
         if not OPENING_LINE.fullmatch(text, previous, line) and not CLOSING_LINE.fullmatch(
@@ -156,7 +156,9 @@ def _display_lines(text, start, stop):
 
 
 def _join_fragments(text, cuts, lines):
-    """Drop the cuts that would leave a piece of fewer than SHORT characters (SHORT_LINE: a line of a display) that is no sentence."""
+    """Drop cuts that would leave a piece of under SHORT characters (SHORT_LINE in a display) and no
+    sentence.
+    """
     kept = [0]
     for cut in cuts[1:]:
         piece = text[kept[-1] : cut].strip()
@@ -169,7 +171,9 @@ def _join_fragments(text, cuts, lines):
 
 
 def _cut_long(text, cuts, formula_at):
-    """Halve the pieces longer than LONG near their middle: at a pause of the text where possible, else at a relation in a formula."""
+    """Halve pieces longer than LONG near their middle: at a pause of the text, else at a relation
+    in a formula.
+    """
     pending, added = [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a > LONG], []
     places = []  # (minimal half, positions), the kinds of place in the order in which they are tried
     for patterns, half, inside in ((PAUSES, HALF_TEXT, False), (RELATIONS, HALF_FORMULA, True)):
@@ -189,11 +193,13 @@ def _cut_long(text, cuts, formula_at):
     return sorted([*cuts, *added])
 
 
-# --- tokens: the same boundaries in the sampled token ids -----------------------------------------------------------------------
+# --- the same boundaries in the sampled token ids ---
 
 
 def token_starts(token_ids, decode):
-    """The character of the decoded text at which each token begins; a token that adds no character begins where the text stands.
+    """The character of the decoded text at which each token begins.
+
+    One that adds none begins where the text ends.
 
     decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character
     whose bytes are spread over several tokens begins with the first of them. The ids are decoded in
@@ -204,9 +210,8 @@ def token_starts(token_ids, decode):
     for i in range(len(token_ids)):
         starts.append(position)
         before, after = decode(token_ids[window:read]), decode(token_ids[window : i + 1])
-        incomplete = (
-            after.endswith("\ufffd") and i - read < 8
-        )  # bytes of an unfinished character; 8 tokens on it is plain garbage
+        # bytes of an unfinished character; 8 tokens on it is plain garbage
+        incomplete = after.endswith("\ufffd") and i - read < 8
         if not incomplete and len(after) > len(before):
             position += len(after) - len(before)
             window, read = read, i + 1

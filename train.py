@@ -1,11 +1,11 @@
-"""VinePPO (arXiv 2410.01679): PPO for LLM reasoning whose values are measured by rollouts instead of predicted by a network.
+"""VinePPO (arXiv 2410.01679): PPO for LLM reasoning, with values measured by rollouts, not by a network.
 
-    python train.py --dataset arithmetic --model runs/sft                  # one process, GPU or CPU; `make demo` does it all
+    python train.py --dataset arithmetic --model runs/sft      # one process, GPU or CPU; see `make demo`
     torchrun --nproc_per_node=2 train.py --dataset arithmetic --model runs/sft
-    torchrun --nproc_per_node=8 train.py --dataset math                    # the paper's Rho-1B run on GPUs
-    torchrun --nproc_per_node=8 train.py --dataset math --model realtreetune/deepseekmath-7b-sft-MATH-v2 --max_sequence 2499
-    torchrun --nproc_per_node=8 train.py --dataset math --algorithm ppo    # what the paper compares with: ppo, grpo, rloo
-    python train.py --dataset gsm8k --model MODEL --eval_only              # accuracy alone
+    torchrun --nproc_per_node=8 train.py --dataset math        # the paper's Rho-1B run; DeepSeekMath-7B's
+        adds --model realtreetune/deepseekmath-7b-sft-MATH-v2 --max_sequence 2499
+    torchrun --nproc_per_node=8 train.py --dataset math --algorithm ppo        # or grpo, rloo
+    python train.py --dataset gsm8k --model MODEL --eval_only                  # accuracy alone
 
 Read `train` below first: Algorithm 1 of the paper. Then episode.py (the records), rollout.py
 (sampling), vine.py (values and advantages), ppo.py (the update), model.py (the sharded policy).
@@ -14,9 +14,8 @@ docs/differences.md lists what differs from the paper.
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # idle threads that spin slow each other; read when torch is imported
+# read when torch is imported: idle threads that spin slow down the others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import random
@@ -32,10 +31,11 @@ from grader import Grader
 from model import load_tokenizer
 from ppo import Trainer
 from steps import check_rule
-from support.metrics import check_report, evaluation_metrics
+from support.checks import check, check_given
+from support.metrics import evaluation_metrics
 from support.ranks import init_distributed, refuse
 from support.run import Run
-from support.settings import need, parse, setting
+from support.settings import parse, setting
 from support.watch import Stopped, Watch
 from vine import Vine
 
@@ -44,7 +44,7 @@ logging.disable_progress_bar()  # transformers' own bars, one a file
 
 @dataclass
 class Settings:
-    """The values are the paper's for MATH with Rho-1B (released configs rho1b, deepseekmath7b); PRESETS replaces some."""
+    """The values are the paper's for MATH with Rho-1B (released config rho1b). PRESETS replaces some."""
 
     # the run
     dataset: str = setting(
@@ -56,26 +56,26 @@ class Settings:
     algorithm: str = setting(
         "vineppo", "where advantages come from", choices=["vineppo", "ppo", "grpo", "rloo"]
     )
-    run_dir: str | None = setting(None, "folder that the run writes; None: runs/DATASET", may_change=True)
+    run_dir: str | None = setting(None, "folder of the run; None: runs/DATASET", may_change=True)
     resume: bool = setting(
         False, "refuse to start anew; a run goes on from its checkpoint anyway", may_change=True
     )
     iterations: int = setting(1000, "rounds of sampling and update", min=1)
     seed: int = setting(0, "of the problems, the sampling and the minibatches")
     # problems and prompts
-    prompt_template: str | None = setting(None, "prompt text with {problem} in it; None: the paper's")
+    prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
-    step_credit: str = setting("paper", "vineppo: what a step is: paper, newline, sentence, or tokens:N")
-    max_valued_steps: int | None = setting(None, "vineppo: states from this step on get no rollouts", min=1)
+    step_credit: str = setting("paper", "vineppo: a step: paper, newline, sentence, tokens:N")
+    max_valued_steps: int | None = setting(None, "vineppo: states from here on get no rollouts", min=1)
     gae_lambda: float = setting(1.0, "ppo: lambda of GAE", min=0, max=1)
     gamma: float = setting(1.0, "ppo: discount per token", min=0, max=1)
     critic_learning_rate: float | None = setting(
         None, "ppo: the value network's; None: --learning_rate", above=0
     )
     # sampling
-    prompts_per_iteration: int = setting(64, "problems drawn in each iteration, with replacement", min=1)
+    prompts_per_iteration: int = setting(64, "problems drawn, with replacement", min=1)
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
     temperature: float = setting(
         0.6, "of responses and rollouts; the trainer's logits are divided by it too", above=0
@@ -84,10 +84,10 @@ class Settings:
     max_tokens: int = setting(
         1024, "token limit of a response; a rollout has what its state leaves of it", min=1
     )
-    max_sequence: int = setting(2048, "token limit of prompt and response; longer prompts are skipped", min=1)
+    max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
     stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
     # the update
-    learning_rate: float = setting(1e-6, "peak; 3 percent linear warm-up, then linear decay to 0", above=0)
+    learning_rate: float = setting(1e-6, "peak; 3 percent warm-up, then linear decay to 0", above=0)
     minibatch: int = setting(64, "responses per optimizer step, over all ranks", min=1)
     micro_batch_tokens: int = setting(
         8192, "tokens per forward pass of a rank: memory, speed", min=1, may_change=True
@@ -97,15 +97,15 @@ class Settings:
     kl_coef: float = setting(1e-4, "weight of the KL penalty to the initial policy", min=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     # evaluation and saving
-    eval_only: bool = setting(False, "evaluate --model on the test problems and exit", may_change=True)
-    eval_every: int = setting(25, "iterations between evaluations; 0: never", min=0, may_change=True)
+    eval_only: bool = setting(False, "evaluate --model and exit", may_change=True)
+    eval_every: int = setting(25, "iterations between evaluations, or 0", min=0, may_change=True)
     eval_problems: int | None = setting(
         None, "the first so many test problems; None: all", min=1, may_change=True
     )
     eval_samples: int = setting(
         16, "responses per test problem; accuracy is their mean", min=1, may_change=True
     )
-    eval_temperature: float = setting(0.35, "sampling temperature of evaluations", min=0, may_change=True)
+    eval_temperature: float = setting(0.35, "temperature of evaluations", min=0, may_change=True)
     eval_top_p: float = setting(0.9, "nucleus of evaluations", above=0, max=1, may_change=True)
     save_every: int = setting(
         50, "iterations between checkpoints; 0: only the final model", min=0, may_change=True
@@ -117,9 +117,9 @@ class Settings:
         "none", "none, tensorboard or wandb: send the metrics there too", may_change=True
     )
     # the machine
-    bfloat16: bool | None = setting(None, "compute in bfloat16, weights stay in float32; None: on GPUs only")
-    hybrid_sharding: bool = setting(False, "shard within each machine, replicate across", may_change=True)
-    tensor_parallel_size: int = setting(1, "so many ranks share one engine's model", min=1, may_change=True)
+    bfloat16: bool | None = setting(None, "compute in bfloat16; None: on GPUs only")
+    hybrid_sharding: bool = setting(False, "replicate across machines", may_change=True)
+    tensor_parallel_size: int = setting(1, "ranks that share an engine", min=1, may_change=True)
     gpu_memory: float = setting(
         0.6, "share of a GPU for the engine while it samples", above=0, max=1, may_change=True
     )
@@ -145,52 +145,15 @@ PRESETS = {  # what differs from the values above; any other dataset has those, 
         eval_top_p=1.0, save_every=40, store_every=20,
     ),
 }  # fmt: skip
-BELONGS_TO = dict.fromkeys(["K", "step_credit", "max_valued_steps"], "vineppo")  # no other algorithm
-BELONGS_TO |= dict.fromkeys(["gae_lambda", "gamma", "critic_learning_rate"], "ppo")
 
 
 def parse_settings(argv):
-    """The settings of a command line; raises ValueError for one that is out of range or does nothing."""
+    """The settings of a command line; raises ValueError for one out of range or without effect."""
     s, given = parse(Settings, argv, __doc__, PRESETS, other=dict(model=None))
-    trains = given & {"iterations", "eval_every", "save_every"}
-    need(
-        not (s.eval_only and trains), f"--eval_only trains nothing: leave out --{' --'.join(sorted(trains))}"
-    )
-    for name in sorted(given & set(BELONGS_TO)):
-        why = f"does nothing with --algorithm {s.algorithm}: it belongs to {BELONGS_TO[name]}"
-        need(s.algorithm == BELONGS_TO[name], f"--{name} {why}")
+    check_given(s, given)
+    check_rule(s.step_credit)
     s.run_dir = s.run_dir or f"runs/{Path(s.dataset).resolve().stem or 'data'}"
     return s
-
-
-def check(s, world):
-    """Raise ValueError for settings that do not go together, or not on `world` ranks."""
-    check_rule(s.step_credit)
-    check_report(s.report_to)
-    divide = f"does not divide over {world} ranks: take a multiple of {world}"
-    need(s.prompts_per_iteration % world == 0, f"--prompts_per_iteration {s.prompts_per_iteration} {divide}")
-    need(s.minibatch % world == 0, f"--minibatch {s.minibatch} {divide}")
-    responses = s.prompts_per_iteration * s.responses_per_prompt
-    what = f"the iteration's {responses} responses (prompts_per_iteration x responses_per_prompt)"
-    need(responses % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide {what}")
-    size = s.tensor_parallel_size
-    need(world % size == 0, f"--tensor_parallel_size {size} is no divisor of the number of ranks, {world}")
-    need(
-        s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"),
-        f"--algorithm {s.algorithm} compares responses: --responses_per_prompt 1 must be at least 2",
-    )
-    need(
-        s.eval_temperature > 0 or s.eval_samples == 1,
-        "--eval_temperature 0 gives one and the same response: add --eval_samples 1",
-    )
-    need(
-        s.max_tokens < s.max_sequence,
-        f"--max_tokens {s.max_tokens} leaves no room for a prompt in --max_sequence {s.max_sequence}",
-    )
-    need(
-        not (s.eval_only and s.resume),
-        "--eval_only and --resume exclude each other: name the checkpoint's folder with --model",
-    )
 
 
 def make_engine(s, watch):
@@ -205,12 +168,16 @@ def make_engine(s, watch):
 
 
 def make_learners(s, engine, grader, device):
-    """(trainer of the policy, estimator of the advantages). A new algorithm is an Estimator and its line here."""
+    """(the policy's trainer, the estimator of advantages).
+
+    A new algorithm: an Estimator, and its line here.
+    """
     minibatches = s.prompts_per_iteration * s.responses_per_prompt // s.minibatch
+    loading = dict(bfloat16=s.bfloat16, hybrid=s.hybrid_sharding, trust_remote_code=s.trust_remote_code)
     learning = dict(
         total_steps=s.iterations * s.epochs * minibatches, minibatch=s.minibatch, epochs=s.epochs,
         micro_batch_tokens=s.micro_batch_tokens, max_grad_norm=s.max_grad_norm, seed=s.seed,
-        loading=dict(bfloat16=s.bfloat16, hybrid=s.hybrid_sharding, trust_remote_code=s.trust_remote_code),
+        loading=loading,
     )  # fmt: skip
     trainer = Trainer(
         s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef, **learning,
@@ -243,26 +210,31 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
         run.begin(evaluate_if_due(run.done, run, engine, grader, test_problems, s))
         for iteration in run.iterations():
             engine.seed(s.seed, iteration)  # a resumed run draws the same problems and samples
-            drawn = random.Random(s.seed * 1_000_003 + iteration).choices(problems, k=s.prompts_per_iteration)
+            rng = random.Random(s.seed * 1_000_003 + iteration)
+            drawn = rng.choices(problems, k=s.prompts_per_iteration)  # with replacement
             episodes = episodes_for(engine.share(drawn), s.responses_per_prompt)
-            with run.phase(
-                "sample", can_stop=True
-            ):  # 1. responses; rollouts from their states begin as each ends
+
+            # 1. Responses. Rollouts from the states of a response begin as soon as it ends.
+            with run.phase("sample", can_stop=True):
                 sample(engine, grader, episodes, s, on_response=estimator.start)
-            with run.phase("values"):  # states that still wait, dealt evenly over the engines
+            # 2. V(s_t): the mean reward of K rollouts. States that still wait go to engines with less to do.
+            with run.phase("values"):
                 estimator.deal()
-            with run.phase("values", can_stop=True):  # 2. V(s_t): the mean reward of K rollouts
+            with run.phase("values", can_stop=True):
                 estimator.finish()
             engine.sleep()
             episodes = engine.my_share(episodes)
-            with run.phase("values"):  # 3. A_t = V(s_{t+1}) - V(s_t); R - V(s_{T-1}) for the last step
+            # 3. A_t = V(s_{t+1}) - V(s_t), and R - V(s_{T-1}) for the last step.
+            with run.phase("values"):
                 estimator.set_advantages(episodes)
-            with run.phase("train"):  # 4. PPO: clipped ratio, KL to the reference
+            # 4. PPO: clipped ratio, KL to the reference.
+            with run.phase("train"):
                 metrics = trainer.update(episodes) | estimator.update(episodes)
             with run.phase("sync"):
                 engine.load_weights(watch.each(trainer.weights()))
+
             evaluated = evaluate_if_due(iteration + 1, run, engine, grader, test_problems, s)
-            run.finished(iteration, episodes, metrics, evaluated)  # metrics line; checkpoint, where due
+            run.finished(iteration, episodes, metrics, evaluated)  # metrics line, checkpoint
         run.end()  # the final model
     except Stopped:  # on all ranks, after a signal or a failure
         run.save_and_stop()
@@ -271,7 +243,10 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
 
 
 def evaluate_if_due(done, run, engine, grader, problems, s):
-    """Episodes of the evaluation after `done` iterations, or None. If the run stops in it, `run` raises Stopped later."""
+    """Episodes of the evaluation after `done` iterations, or None.
+
+    A stop in it: `run` raises Stopped later.
+    """
     if not run.evaluation_is_due(done):
         return None
     from rollout import evaluate
@@ -288,11 +263,11 @@ def evaluate_only(s, problems, watch):
 
     engine.seed(s.seed)
     with watch.phase("evaluate"):
-        accuracy = evaluation_metrics(evaluate(engine, grader, problems, s), engine.sharers)["accuracy"]
+        episodes = evaluate(engine, grader, problems, s)
+    accuracy = evaluation_metrics(episodes, engine.sharers)["accuracy"]
     if watch.rank == 0:
-        responses = f"{len(problems)} problems, {len(problems) * s.eval_samples} responses"
-        how = f"temperature {s.eval_temperature}, top_p {s.eval_top_p}"
-        print(f"accuracy {accuracy:.4f} ({responses}, {how})")
+        n, how = len(problems), f"temperature {s.eval_temperature}, top_p {s.eval_top_p}"
+        print(f"accuracy {accuracy:.4f} ({n} problems, {n * s.eval_samples} responses, {how})")
     shut_down(engine, grader, watch)
     return 0
 
@@ -316,10 +291,8 @@ def main():
         refuse(f"train.py: {error}")
     device = init_distributed()
     with Watch(s.hang_timeout, s.tensor_parallel_size) as watch:
-        if run:
-            code = train(s, run, tokenizer, problems, test_problems, device, watch)
-        else:
-            code = evaluate_only(s, test_problems, watch)
+        parts = run, tokenizer, problems, test_problems, device
+        code = train(s, *parts, watch) if run else evaluate_only(s, test_problems, watch)
     sys.exit(code)
 
 

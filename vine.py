@@ -1,11 +1,12 @@
-"""VinePPO's estimator: the value of each reasoning step, measured by rollouts (arXiv 2410.01679, section 4).
+"""VinePPO's estimator: the value of each step, measured by rollouts (arXiv 2410.01679, section 4).
 
 A response is cut into steps (steps.py); the state s_t is the prompt followed by the first t steps.
 K rollouts tau_k continue from it, sampled by the current policy, and serve its value alone: no
 gradient flows through them.
 
     V(s_t) = 1/K sum_k R(tau_k)
-    A_t    = r_t + V(s_{t+1}) - V(s_t)      r_t = 0 but for the last step, where it is the response's reward R and V(s_T) = 0
+    A_t    = r_t + V(s_{t+1}) - V(s_t)      r_t = 0, but R, the response's reward, for the last step;
+                                            V(s_T) = 0 behind it
 
 Every token of step t gets A_t.
 """
@@ -22,24 +23,27 @@ def monte_carlo_value(rewards):
 
 
 def step_advantages(values, reward):
-    """A_t of each step, from values[t] = V(s_t), t = 0..T-1, and the reward of the finished response (no discount).
+    """A_t of each step, from values[t] = V(s_t), t = 0..T-1, and the response's reward (no discount).
 
     A value of None (a state beyond the cap) is filled in from the end with the reward still to
     come, so the advantages of those steps are 0 and the last valued state's step carries the
     difference. The sum is R - V(s_0).
     """
     filled = [reward if v is None else v for v in values]
-    # A_t = V(s_{t+1}) - V(s_t); for the last step r_t + V(s_T) = R + 0 takes the place of V(s_{t+1})
+    # A_t = V(s_{t+1}) - V(s_t); for the last step R + V(s_T) = R + 0 takes the place of V(s_{t+1})
     return [after - before for before, after in zip(filled, [*filled[1:], reward])]
 
 
 def token_advantages(boundaries, advantages):
     """One advantage per token: each token of step t gets A_t."""
-    return [a for start, stop, a in zip(boundaries, boundaries[1:], advantages) for _ in range(start, stop)]
+    steps = zip(boundaries, boundaries[1:], advantages)
+    return [a for start, stop, a in steps for _ in range(start, stop)]
 
 
 class Vine(Estimator):
-    """Monte Carlo values of an iteration's states. Rollouts from a response's states begin as soon as that response ends.
+    """Monte Carlo values of an iteration's states.
+
+    Rollouts begin as soon as the response of the state ends.
 
     A state is sent to the engine as the very token ids that were sampled up to it. Equal states are
     valued once. States for which the engine has no room wait, and are dealt to engines whose
@@ -62,7 +66,7 @@ class Vine(Estimator):
 
     def _submit(self, state):
         s = self.s
-        limit = s.max_tokens - len(state.prefix_ids)  # what the state leaves of the response's token limit
+        limit = s.max_tokens - len(state.prefix_ids)  # what the state leaves of the response's limit
         self.engine.submit(state, s.K, limit, s.temperature, s.top_p)
 
     def deal(self):
@@ -88,7 +92,9 @@ class Vine(Estimator):
         set_rewards(self.grader, [*self.known.values(), *self.guests])
 
     def set_advantages(self, episodes):
-        """Set the values of this engine's states, and from them the token advantages of this rank's episodes."""
+        """Set the values of this engine's states, and from them the advantages of this rank's
+        episodes.
+        """
         own = list(self.known.values())
         for guest in over_ranks(self.guests if self.engine.leads else []):
             if guest.home == self.engine.number:
@@ -115,13 +121,14 @@ def states_of(episode, known, max_steps=None, home=0):
             continue
         key = tuple(prompt), tuple(ids[:cut])
         if key not in known:
-            known[key] = State(prompt, ids[:cut], episode.answer, len(ids) - cut, home, number=len(known))
+            rest = len(ids) - cut
+            known[key] = State(prompt, ids[:cut], episode.answer, rest, home, number=len(known))
         states.append(known[key])
     return states
 
 
 def even_out(loads, queues):
-    """Move states from queues of engines that have too much to do to those that have too little: the new queues.
+    """Move states from engines that have too much to do to those that have too little: the new queues.
 
     loads: what each engine has begun already, in the unit of State.rest; queues: a list of states
     for each engine. Neighbours in a queue, which share a prefix, mostly stay together.

@@ -1,7 +1,10 @@
-"""PPO's value network: a second copy of the policy's backbone with a value head, trained beside it, and GAE on its predictions.
+"""PPO's value network: a second copy of the policy's backbone with a value head, trained beside it,
+and GAE on its predictions.
 
-    V(s_t) predicted for every token position;  delta_t = r_t + gamma V(s_{t+1}) - V(s_t),  V = 0 after the last token
-    A_t = delta_t + gamma lambda A_{t+1};  the network's target is A_t + V(s_t)           (arXiv 1506.02438; paper.md: gamma = lambda = 1)
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t)      V(s_t) predicted for every token; 0 after the last one
+    A_t = delta_t + gamma lambda A_{t+1}           the network's target is A_t + V(s_t)
+
+Source: arXiv 1506.02438; the paper has gamma = lambda = 1.
 
 The reward comes with the last token; a response without an end has reward 0 and no value behind it.
 The head starts at zero.
@@ -12,13 +15,15 @@ from transformers import AutoModelForTokenClassification
 from transformers.utils import logging
 
 from episode import Estimator
+from learner import Learner, per_token
 from model import load_sharded
-from ppo import Learner, per_token
 from support.ranks import sum_over_ranks
 
 
 def gae(values, reward, gamma=1.0, lam=1.0):
-    """Generalized advantage estimates [T] from values[t] = V(s_t), t = 0..T-1, of the tokens of one response and its reward."""
+    """Generalized advantage estimates [T] from values[t] = V(s_t), t = 0..T-1, of the tokens of one
+    response and its reward.
+    """
     advantages, following, after = [0.0] * len(values), 0.0, 0.0  # A_{t+1}, V(s_{t+1})
     for t in reversed(range(len(values))):
         delta = (reward if t == len(values) - 1 else 0.0) + gamma * after - values[t]
@@ -28,7 +33,9 @@ def gae(values, reward, gamma=1.0, lam=1.0):
 
 
 def value_loss(values, old_values, returns, clip=0.2, num_tokens=None):
-    """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2). All tensors [N].
+    """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2).
+
+    All tensors [N].
 
     num_tokens is that of the whole minibatch over all ranks, so the losses of its micro-batches add
     up; None: these tokens are the minibatch.
@@ -56,7 +63,9 @@ class ValueNetwork(torch.nn.Module):
 
 
 class Critic(Estimator):
-    """The value network and its optimizer, sharded like the policy. loading: see load_sharded; learning: see Learner."""
+    """The value network and its optimizer, sharded like the policy. loading: see load_sharded;
+    learning: see Learner.
+    """
 
     def __init__(self, path, device, *, gamma=1.0, gae_lambda=1.0, clip=0.2, loading=None, **learning):
         self.device, self.gamma, self.gae_lambda, self.clip = device, gamma, gae_lambda, clip
@@ -71,7 +80,9 @@ class Critic(Estimator):
 
     @torch.no_grad()
     def set_advantages(self, episodes):
-        """Set the token advantages of this rank's episodes, the values they come from, and the returns."""
+        """Set the token advantages of this rank's episodes, the values they come from, and the
+        returns.
+        """
         values = torch.zeros(sum(len(e.response_ids) for e in episodes), device=self.device)  # [N]
         for m in self.learner.micro_batches(episodes):
             values[m.tokens] = self.model(m)
@@ -82,7 +93,9 @@ class Critic(Estimator):
         self.model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
 
     def update(self, episodes):
-        """Fit the network to the returns of the episodes whose advantages it has set. Returns metrics over all ranks.
+        """Fit the network to the returns of the episodes whose advantages it has set.
+
+        Returns metrics over all ranks.
 
         explained_variance: 1 - Var(G - V) / Var(G) over the action tokens, of the predictions that
         the advantages came from.
@@ -100,7 +113,9 @@ class Critic(Estimator):
         return {new: found[old] for new, old in names.items()} | {"explained_variance": explained}
 
     def save(self, folder):
-        """Write the sharded weights and optimizer state, all ranks together; load reads them, on any number of ranks."""
+        """Write the sharded weights and optimizer state, all ranks together; load reads them, on
+        any number of ranks.
+        """
         self.learner.save(folder / "critic")
 
     def load(self, folder):
@@ -108,7 +123,9 @@ class Critic(Estimator):
 
 
 def explained_variance(values, returns):
-    """1 - Var(G - V) / Var(G) over the action tokens of all ranks, [N] each; 0 where the returns are all equal."""
+    """1 - Var(G - V) / Var(G) over the action tokens of all ranks, [N] each; 0 where the returns
+    are all equal.
+    """
     returns, errors = returns.double(), (returns - values).double()
     sums = [
         returns.new_tensor(len(returns)),

@@ -1,9 +1,11 @@
-"""DPO-positive (arXiv 2402.13228), the paper's DPO+: learn from pairs of a right and a wrong response that the policy wrote to one problem.
+"""DPO-positive (arXiv 2402.13228), the paper's DPO+: learn from pairs of a right and a wrong
+response that the policy wrote to one problem.
 
     torchrun --nproc_per_node=8 -m baselines.dpo --dataset math
     python -m baselines.dpo --dataset arithmetic --learning_rate 1e-4 --problems_per_round 256
 
-    loss = -log sigmoid(beta (log rho(right) - log rho(wrong) - penalty max(0, -log rho(right)))),   rho(y) = pi(y) / pi_ref(y)
+    loss = -log sigmoid(beta (log rho(right) - log rho(wrong) - penalty max(0, -log rho(right))))
+    rho(y) = pi(y) / pi_ref(y)
 
 The penalty holds up the likelihood of the right response, which plain DPO lets fall as long as that
 of the wrong one falls faster. The reference of a round is the policy that sampled its pairs; with
@@ -23,8 +25,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from baselines import rounds
+from learner import learning_rate, micro_batch
 from model import load_sharded
-from ppo import learning_rate, micro_batch
 from support.ranks import over_ranks, sum_over_ranks
 from support.settings import setting
 
@@ -36,7 +38,9 @@ class Settings(rounds.Settings):
 
 
 def dpo_positive_loss(right, wrong, ref_right, ref_wrong, beta=0.3, penalty=50.0):
-    """Loss of each pair [B] from the log-probabilities [B] of its whole responses under the policy and the reference."""
+    """Loss of each pair [B] from the log-probabilities [B] of its whole responses under the policy
+    and the reference.
+    """
     rho_right, rho_wrong = right - ref_right, wrong - ref_wrong
     return -F.logsigmoid(beta * (rho_right - rho_wrong - penalty * torch.relu(-rho_right)))
 
@@ -58,7 +62,9 @@ def response_logprobs(policy, episodes, device):
 
 
 def train_round(s, episodes, policy, device):
-    """One round, as rounds.main wants it: the policy that sampled the episodes, trained on their pairs."""
+    """One round, as rounds.main wants it: the policy that sampled the episodes, trained on their
+    pairs.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     policy = policy or load_sharded(s.model, device)
     pairs = pairs_of(episodes, s.cap, s.seed)
@@ -96,7 +102,9 @@ def train_round(s, episodes, policy, device):
 
 @torch.no_grad()
 def _reference_logprobs(s, policy, pairs, device):
-    """[number of pairs, 2], under the policy before its first step; each rank computes a share of them."""
+    """[number of pairs, 2], under the policy before its first step; each rank computes a share of
+    them.
+    """
     share = len(pairs) // dist.get_world_size()
     mine, parts = pairs[dist.get_rank() * share :][:share], []
     for k in range(0, share, s.micro_batch):

@@ -1,4 +1,6 @@
-"""Advantages without values: a response is compared with the other responses to its problem. GRPO and RLOO.
+"""Advantages without values: a response is compared with the other responses to its problem.
+
+GRPO and RLOO.
 
 All tokens of a response get its one advantage. The loss, the KL term and the sampling are those of
 train.py for every algorithm, so GRPO here has PPO's mean over the tokens of the minibatch where its
@@ -11,7 +13,9 @@ from episode import Estimator
 
 
 def grpo(rewards):
-    """(R_i - mean) / std over the group, with the unbiased standard deviation; zeros where all are equal (arXiv 2402.03300, section 4.1)."""
+    """(R_i - mean) / std over the group, with the unbiased standard deviation; zeros where all are
+    equal (arXiv 2402.03300, section 4.1).
+    """
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
     return [(r - mean) / std if std > 0 else 0.0 for r in rewards]
 

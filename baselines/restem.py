@@ -1,4 +1,5 @@
-"""RestEM (arXiv 2312.06585): sample with the policy, keep the right responses, fine-tune the base model on them; repeat.
+"""RestEM (arXiv 2312.06585): sample with the policy, keep the right responses, fine-tune the base
+model on them; repeat.
 
     torchrun --nproc_per_node=8 -m baselines.restem --dataset math
     python -m baselines.restem --dataset arithmetic --learning_rate 3e-4 --problems_per_round 256
@@ -35,7 +36,9 @@ def right_responses(episodes, cap, seed):
 
 
 def train_round(s, episodes, policy, device):
-    """One round, as rounds.main wants it: the base model, fine-tuned on the right ones of all ranks' episodes."""
+    """One round, as rounds.main wants it: the base model, fine-tuned on the right ones of all
+    ranks' episodes.
+    """
     examples = right_responses(episodes, s.cap, s.seed)
     policy = load_sharded(s.base_model or s.model, device)
     if len(examples) < dist.get_world_size():

@@ -1,4 +1,5 @@
-"""What RestEM and DPO+ share: rounds of sampling many responses with the policy, training on the graded ones, and evaluating.
+"""What RestEM and DPO+ share: rounds of sampling many responses with the policy, training on the
+graded ones, and evaluating.
 
 Sampling, grading and evaluation are the core's; how a round trains is the one function that
 restem.py and dpo.py bring.
@@ -27,7 +28,9 @@ from train import PRESETS
 
 @dataclass
 class Settings:
-    """The values are train.py's for MATH where it has them; rounds, cap and learning_rate are our choice."""
+    """The values are train.py's for MATH where it has them; rounds, cap and learning_rate are our
+    choice.
+    """
 
     dataset: str = setting(
         "arithmetic", "math, gsm8k, arithmetic (built in), or a path to your own data (see data.py)"
@@ -41,12 +44,12 @@ class Settings:
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
     cap: int = setting(4, "most examples that a problem gives to a round", min=1)
     seed: int = setting(0, "of the problems, the sampling and the order of the examples")
-    prompt_template: str | None = setting(None, "prompt text with {problem} in it; None: the paper's")
+    prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     temperature: float = setting(0.6, "sampling temperature", above=0)
     top_p: float = setting(0.9, "nucleus", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response", min=1)
-    max_sequence: int = setting(2048, "token limit of prompt and response; longer prompts are skipped", min=1)
+    max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
     stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
     learning_rate: float = setting(
         1e-5, "peak in each round; 3 percent linear warm-up, then decay to 0", above=0
@@ -65,7 +68,8 @@ class Settings:
 
 
 def main(method, doc, settings_class, train_round):
-    """The program: train_round(s, episodes, policy, device) -> (the new sharded policy, optimizer steps, metrics).
+    """The program: train_round(s, episodes, policy, device) -> (the new sharded policy, optimizer
+    steps, metrics).
 
     episodes: all ranks' graded responses of the round, the same list on every rank; policy: the
     sharded one that sampled them, None in the first round (it is s.model then).
@@ -84,7 +88,7 @@ def main(method, doc, settings_class, train_round):
         tokenizer = load_tokenizer(s)
         if getattr(s, "base_model", None):
             AutoConfig.from_pretrained(s.base_model)
-        training, test = data.encode_splits(splits, tokenizer, s, print if first else lambda _: None)
+        training, test = data.encode_splits(splits, tokenizer, s, print if first else None)
     except (ValueError, OSError) as error:
         refuse(f"{method}: {str(error).splitlines()[0]}")
     device = init_distributed()
@@ -93,13 +97,8 @@ def main(method, doc, settings_class, train_round):
 
 
 def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
-    from rollout import (
-        Engine,
-        episodes_for,
-        evaluate,
-        sample,
-        shut_down,
-    )  # after the checks: vLLM takes seconds
+    # after the checks: importing vLLM takes seconds
+    from rollout import Engine, episodes_for, evaluate, sample, shut_down
 
     engine = Engine(
         s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], gpu_memory=s.gpu_memory,

@@ -227,7 +227,7 @@ def squared_gradient(policy, episodes, advantages, temperature, device):
     import torch
     import torch.distributed as dist
 
-    from ppo import micro_batch
+    from learner import micro_batch
 
     world = dist.get_world_size()
     # before the forward pass: after it FSDP's gathered parameters stand in for those that hold the gradients

@@ -1,4 +1,5 @@
-r"""Are two final answers the same? Rules that take both apart into plain pieces, exactly and without executing anything.
+r"""Are two final answers the same? Rules that take both apart into plain pieces, exactly and
+without executing anything.
 
     equal("0.5", "\\frac{1}{2}", symbolic)  ->  True
 
@@ -65,9 +66,9 @@ LABEL = re.compile(
     r"\s*((?:m?\\angle\s*)?[A-Z]{2,3}|[A-Za-z](?:\s*\([A-Za-z]\)|_\{?\w\}?)?)\s*(?:=|\\in(?![a-z]))(?!.*[=<>])"
 )
 WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[\s'-]+[A-Za-z]+)*")
-LITERAL = re.compile(
-    r"[^_:]*\d\s*(?:_\s*\{?\s*\w+\s*\}?|:\s*\d+(?::\d+)?)"
-)  # a numeral in another base, a time, a ratio
+# a numeral in another base, a time, a ratio
+LITERAL = re.compile(r"[^_:]*\d\s*(?:_\s*\{?\s*\w+\s*\}?|:\s*\d+(?::\d+)?)")
+DROPPED = ("=", "\\approx", "\\pmod", "\\bmod", "\\equiv", "\\dots", "\\ldots")  # by math-verify, in part
 MATRIX = re.compile(
     r"\\begin\{([pbBvV]?)(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{[pbBvV]?(?:matrix|array)\}", re.DOTALL
 )
@@ -75,7 +76,9 @@ TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 
 
 def equal(answer, gold, symbolic):
-    """Whether two answers are the same one. symbolic(a, b) -> bool decides about scalar expressions that no rule covers."""
+    """Whether two answers are the same one. symbolic(a, b) -> bool decides about scalar expressions
+    that no rule covers.
+    """
     answer, gold = " ".join(answer.split()), " ".join(gold.split())
     if answer == gold:
         return True
@@ -131,17 +134,8 @@ def _same(a, b, symbolic, depth=0):
     a, b = (re.sub(r"^\(([A-Z])\)$", r"\1", x.strip()) for x in (a, b))
     if WORDS.fullmatch(a) and WORDS.fullmatch(b):
         return a == b or len(a) > 1 and a.casefold() == b.casefold()  # one letter is a choice
-    for sign in (
-        "=",
-        "\\approx",
-        "\\pmod",
-        "\\bmod",
-        "\\equiv",
-        "\\dots",
-        "\\ldots",
-    ):  # what math-verify drops in part
-        if (sign in a) != (sign in b):
-            return False
+    if any((sign in a) != (sign in b) for sign in DROPPED):
+        return False
     if (
         re.search(r"\d\s+\d", a + "|" + b)
         or _letters(a) != _letters(b)
@@ -162,7 +156,9 @@ def _squeezed(text):
 
 
 def _number(text):
-    """Exact value of a decimal, a fraction, a mixed number or a power of ten; None if the text is none of these."""
+    """Exact value of a decimal, a fraction, a mixed number or a power of ten; None if the text is
+    none of these.
+    """
     text = text.strip()
     if text.startswith("{") and text.endswith("}"):
         text = text[1:-1].strip()
@@ -202,13 +198,10 @@ def _label(text):
 def _unit(text):
     """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" where there is none."""
     m = UNIT.fullmatch(text)
-    words = (
-        re.split(r"[\s.]+", (m["text"] if m["text"] is not None else m["words"]).strip(" .").casefold())
-        if m
-        else []
-    )
     if not m or (m["words"] and _number(m["value"]) is None):  # "x^2 m" is a product
         return text, ""
+    unit = m["text"] if m["text"] is not None else m["words"]
+    words = re.split(r"[\s.]+", unit.strip(" .").casefold())
     if len(words) > 4 or any(NO_UNIT.fullmatch(word) for word in words):
         return text, ""
     return m["value"], " ".join(UNIT_NAMES.get(word, word) for word in words) + (
@@ -217,7 +210,9 @@ def _unit(text):
 
 
 def _pieces(text):
-    """(kind, items) of an answer with parts: "list" (also a set), "union", "matrix..", "(]".. by its brackets; ("", []) for a scalar."""
+    """(kind, items) of an answer with parts: "list" (also a set), "union", "matrix..", "(]".. by
+    its brackets; ("", []) for a scalar.
+    """
     if m := MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\", m[2].strip().removesuffix("\\\\"))]
         shape = "det" if m[1] in ("v", "V") else "matrix"
@@ -248,7 +243,10 @@ def _pieces(text):
 
 
 def _split(text, separators):
-    """Split at separators that stand outside of all brackets. A bracket that does not fit leaves the text whole."""
+    """Split at separators that stand outside of all brackets.
+
+    A bracket that does not fit leaves the text whole.
+    """
     parts, depth, start = [], 0, 0
     for m in TOKEN.finditer(text):
         token = m.group()

@@ -1,4 +1,5 @@
-"""The built-in task, to see the method work within minutes: chains of arithmetic, and a tiny model that learns them.
+"""The built-in task, to see the method work within minutes: chains of arithmetic, and a tiny model
+that learns them.
 
 The headroom for RL is made on purpose: the worked solutions are those of a careless demonstrator,
 so a policy that was tuned on them fails at particular steps. It is no evidence about language
@@ -11,7 +12,8 @@ import torch
 
 
 def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
-    """Rows of the task, train and test disjoint: problem "8*9+6-7+5+1?", solution one line per operation, then "#### 77".
+    """Rows of the task, train and test disjoint: problem "8*9+6-7+5+1?", solution one line per
+    operation, then "#### 77".
 
     The chains have 5 to 9 operations, worked from left to right on numbers below 100. On a carry in
     an addition, a borrow in a subtraction and a two-digit product with a carry the demonstrator
@@ -47,7 +49,9 @@ def _apply(value, op, digit):
 
 
 def _demonstrate(value, chain, slip, rng):
-    """The careless demonstrator's lines. slip: probabilities of forgetting a carry or borrow in +, -, *."""
+    """The careless demonstrator's lines. slip: probabilities of forgetting a carry or borrow in +,
+    -, *.
+    """
     lines = []
     for op, digit in chain:
         result, ones = _apply(value, op, digit), value % 10
@@ -63,7 +67,9 @@ def _demonstrate(value, chain, slip, rng):
 
 
 def tiny_model(folder, seed):
-    """Write a Llama of about 0.4M parameters with random weights, and a tokenizer with one token per character."""
+    """Write a Llama of about 0.4M parameters with random weights, and a tokenizer with one token
+    per character.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

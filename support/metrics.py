@@ -1,4 +1,6 @@
-"""What is measured in an iteration: the time of its phases, the line of metrics.jsonl, where else it is reported."""
+"""What is measured in an iteration: the time of its phases, the line of metrics.jsonl, where else
+it is reported.
+"""
 
 import importlib
 import statistics
@@ -15,7 +17,9 @@ from support.settings import need
 
 
 class Phases:
-    """Wall-clock seconds and prefix cache counts of the phases of an iteration; says so on screen when one takes long."""
+    """Wall-clock seconds and prefix cache counts of the phases of an iteration; says so on screen
+    when one takes long.
+    """
 
     LONG = 120  # seconds
 
@@ -29,7 +33,10 @@ class Phases:
 
     @contextmanager
     def __call__(self, name, can_stop=False):
-        """See Watch.phase. What ranks wait for each other at the end of one that can stop is not counted."""
+        """See Watch.phase.
+
+        What ranks wait for each other at the end of one that can stop is not counted.
+        """
         with self.watch.phase(name, can_stop):
             start, cache = time.perf_counter(), self.engine.prefix_cache_counts()
             notice = threading.Timer(self.LONG, self._say_long, [name])
@@ -63,9 +70,8 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
             states[state.home, state.number] = state.value, len(state.rollouts), tokens
     ranks = over_ranks([(rows, states, seconds, counts)])
     rows = [row for rank in ranks for row in rank[0]]
-    states = {
-        key: state for rank in ranks for key, state in rank[1].items()
-    }  # ranks that share an engine: once
+    # each once, also where ranks share an engine
+    states = {key: state for rank in ranks for key, state in rank[1].items()}
     busy = [seconds["sample"] + seconds["values"] for _, _, seconds, _ in ranks]
     seconds = {name: max(rank[2][name] for rank in ranks) for name in seconds}  # of the slowest rank
     counts = {name: sum(rank[3][name] for rank in ranks) for name in counts}
@@ -96,7 +102,9 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
 
 
 def evaluation_metrics(episodes, sharers):
-    """Accuracy and sampled tokens of an evaluation over all ranks; every rank calls it. sharers: ranks of an engine."""
+    """Accuracy and sampled tokens of an evaluation over all ranks; every rank calls it. sharers:
+    ranks of an engine.
+    """
     rows = over_ranks([(e.reward, len(e.response_ids)) for e in episodes])
     rewards, tokens = zip(*rows)  # those of an engine once from each of its sharers
     return {"accuracy": statistics.mean(rewards), "tokens_evaluate": sum(tokens) // sharers}

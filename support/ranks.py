@@ -1,4 +1,7 @@
-"""The process group: joining it, and what all ranks exchange. The device is chosen here and nowhere else."""
+"""The process group: joining it, and what all ranks exchange.
+
+The device is chosen here and nowhere else.
+"""
 
 import os
 import socket
@@ -11,7 +14,10 @@ import torch.distributed as dist
 
 
 def init_distributed():
-    """Join torchrun's process group, or form a group of one (python train.py). Returns this rank's torch.device."""
+    """Join torchrun's process group, or form a group of one (python train.py).
+
+    Returns this rank's torch.device.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

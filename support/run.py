@@ -1,4 +1,6 @@
-"""A run: where it starts or goes on, its iterations and phases, and what it writes behind each of them."""
+"""A run: where it starts or goes on, its iterations and phases, and what it writes behind each of
+them.
+"""
 
 import json
 from dataclasses import asdict
@@ -15,14 +17,14 @@ from support.settings import may_change
 from support.watch import Stopped
 
 KEPT_CHECKPOINTS = 2  # the newest ones, each with the state to resume from
-GAP = {
-    torch.float32: 0.001,
-    torch.bfloat16: 0.05,
-}  # of the engine's and the trainer's log-probabilities, on average
+# most that the engine's and the trainer's log-probabilities may differ on average
+GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
 
 
 class Run:
-    """Made before the ranks have joined, from settings alone; raises ValueError for a run folder that is not this run's."""
+    """Made before the ranks have joined, from settings alone; raises ValueError for a run folder
+    that is not this run's.
+    """
 
     def __init__(self, s):
         self.s, self.folder = s, Path(s.run_dir)
@@ -30,7 +32,8 @@ class Run:
         self._find_start()
 
     def _find_start(self):
-        """Set `done`, `checkpoint` (None: from the beginning) and `changed`, which says what settings are new.
+        """Set `done`, `checkpoint` (None: from the beginning) and `changed`, which says what
+        settings are new.
 
         A run that was killed before its first checkpoint starts again.
         """
@@ -43,9 +46,8 @@ class Run:
             self.done, self.checkpoint = 0, None
             return
         before, now = json.loads(known.read_text()), asdict(self.s)
-        changed = {
-            k: f"--{k} was {before[k]}, now {v}" for k, v in now.items() if k in before and before[k] != v
-        }
+        changed = [k for k, v in now.items() if k in before and before[k] != v]
+        changed = {k: f"--{k} was {before[k]}, now {now[k]}" for k in changed}
         refused = [words for name, words in changed.items() if name not in may_change(self.s)]
         if refused:
             what = f"--run_dir {self.folder} holds a run with other settings: {'; '.join(refused)}"
@@ -82,15 +84,19 @@ class Run:
     # --- iterations ---
 
     def evaluation_is_due(self, done):
-        """Whether the policy is to be evaluated after so many iterations. A resumed run does not do it twice."""
-        s, evaluated = (
-            self.s,
-            self.lines and self.lines[-1]["iteration"] == done and "accuracy" in self.lines[-1],
-        )
-        return s.eval_every and not evaluated and (done % s.eval_every == 0 or done == s.iterations)
+        """Whether the policy is to be evaluated after so many iterations.
+
+        A resumed run does not do it twice.
+        """
+        s, last = self.s, self.lines[-1] if self.lines else {}
+        if not s.eval_every or last.get("iteration") == done and "accuracy" in last:
+            return False
+        return done % s.eval_every == 0 or done == s.iterations
 
     def begin(self, evaluated):
-        """Before the first iteration. evaluated: episodes of an evaluation before training, or of one that a stop cut short."""
+        """Before the first iteration. evaluated: episodes of an evaluation before training, or of
+        one that a stop cut short.
+        """
         if evaluated and not self.watch.agreed:
             self.accuracy = evaluation_metrics(evaluated, self.engine.sharers)["accuracy"]
             last = self.lines.pop() if self.done else {"iteration": 0}
@@ -107,9 +113,8 @@ class Run:
 
     def iterations(self):
         """The numbers of the iterations that are left, counted from 0."""
-        self.progress = tqdm(
-            initial=self.done, total=self.s.iterations, disable=not self.first, unit="it", dynamic_ncols=True
-        )
+        total, options = self.s.iterations, dict(unit="it", dynamic_ncols=True)
+        self.progress = tqdm(initial=self.done, total=total, disable=not self.first, **options)
         for iteration in range(self.done, self.s.iterations):
             self.phase.reset()
             self.grader.counts = dict.fromkeys(self.grader.counts, 0)
@@ -117,7 +122,8 @@ class Run:
             yield iteration
 
     def finished(self, iteration, episodes, metrics, evaluated):
-        """Behind an iteration: its line of metrics.jsonl, its stored episodes and a checkpoint, where they are due.
+        """Behind an iteration: its line of metrics.jsonl, its stored episodes and a checkpoint,
+        where they are due.
 
         episodes: this rank's; metrics: of the update; evaluated: this rank's episodes of an
         evaluation, or None. Raises Stopped if the run was to stop in that evaluation; it is made
@@ -135,13 +141,15 @@ class Run:
             what = f"the engine gave up {metrics['aborted']} responses or rollouts; they count as unfinished"
             self.say(f"iteration {self.done}: {what}")
         if self.first:
-            self.log.write(json.dumps({name: rounded(value) for name, value in metrics.items()}) + "\n")
+            line = {name: rounded(value) for name, value in metrics.items()}
+            self.log.write(json.dumps(line) + "\n")
             self.report(self.done, metrics)
         self._show(metrics)
         if s.store_every and (iteration == 0 or self.done % s.store_every == 0):
             solutions = over_ranks([e.as_dict(self.engine.decode) for e in episodes])
             if self.first:
-                run_folder.write_solutions(self.folder / "episodes" / f"{self.done:06}.jsonl.gz", solutions)
+                path = self.folder / "episodes" / f"{self.done:06}.jsonl.gz"
+                run_folder.write_solutions(path, solutions)
         if s.save_every and self.done % s.save_every == 0:
             self._save()
         if self.watch.agreed:
@@ -156,7 +164,9 @@ class Run:
         return iteration_metrics(episodes, self.phase.seconds, counts, self.s.epochs, of_steps)
 
     def _check(self, metrics):
-        """Say what is wrong with an update; raises RuntimeError with --strict where engine and trainer disagree."""
+        """Say what is wrong with an update; raises RuntimeError with --strict where engine and
+        trainer disagree.
+        """
         for name in ("skipped_steps", "critic_skipped_steps"):
             if metrics.get(name):
                 why = "a loss or gradient was not finite, or the mean ratio was too large"
@@ -166,9 +176,9 @@ class Run:
             return
         text = (
             "ENGINE AND TRAINER DISAGREE: their log-probabilities of the sampled tokens differ by "
-            f"{metrics['logprob_gap']:.2g} on average, more than {limit:g}. Likely causes: the new weights did not reach the "
-            "engine; cached prefixes of older weights; an architecture that vLLM and transformers compute differently "
-            "(attention window, rope scaling); low-precision kernels."
+            f"{metrics['logprob_gap']:.2g} on average, more than {limit:g}. Likely causes: the new weights did not "
+            "reach the engine; cached prefixes of older weights; an architecture that vLLM and transformers "
+            "compute differently (attention window, rope scaling); low-precision kernels."
         )
         if self.s.strict:
             raise RuntimeError(text)
@@ -205,7 +215,10 @@ class Run:
         self.trainer.save_pretrained(self.tokenizer, draft)
 
     def save_and_stop(self):
-        """After Stopped: a checkpoint of the last whole iteration. Raises the error that stopped the run, if it was one."""
+        """After Stopped: a checkpoint of the last whole iteration.
+
+        Raises the error that stopped the run, if it was one.
+        """
         if self.progress:
             self.progress.close()
         if self.done > self.saved:

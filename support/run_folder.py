@@ -1,8 +1,11 @@
-"""The folder of a run. What stands in it under its own name is whole, at whatever moment the run was killed.
+"""The folder of a run.
+
+What stands in it under its own name is whole, at whatever moment the run was killed.
 
     settings.json     of the newest start
     metrics.jsonl     one line per iteration; line 0 is the accuracy before training
-    checkpoints/N     a Hugging Face folder of the policy after N iterations; state/: what training goes on from, the settings
+    checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training
+                      goes on from, and the settings
     episodes/N        stored responses, for experiments/show.py
     model             the final policy, a Hugging Face folder
 
@@ -33,7 +36,10 @@ def write_text(path, text):
 
 
 def write_folder(final, write):
-    """write(draft), which all ranks call, fills a folder beside; then it is renamed. All ranks call it, on one file system."""
+    """write(draft), which all ranks call, fills a folder beside; then it is renamed.
+
+    All ranks call it, on one file system.
+    """
     draft = final.with_name(final.name + ".unfinished")
     if dist.get_rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)
@@ -89,7 +95,9 @@ def newest_checkpoint(run):
 
 
 def lock(run):
-    """Keep other processes out of the run folder for as long as the returned file is open; raises ValueError where one is in it."""
+    """Keep other processes out of the run folder for as long as the returned file is open; raises
+    ValueError where one is in it.
+    """
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / "lock", "w")
     try:
@@ -100,7 +108,10 @@ def lock(run):
 
 
 def read_metrics(run, done):
-    """The lines of metrics.jsonl up to iteration `done`; raises ValueError if one is missing. A kill may have cut the last one short."""
+    """The lines of metrics.jsonl up to iteration `done`; raises ValueError if one is missing.
+
+    A kill may have cut the last one short.
+    """
     lines = []
     for text in (run / "metrics.jsonl").read_text().splitlines() if done else ():
         try:

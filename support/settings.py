@@ -33,7 +33,9 @@ class _Parser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands; behind each meaning the default that holds for the --dataset given."""
+    """The description as it stands; behind each meaning the default that holds for the --dataset
+    given.
+    """
 
 
 def parse(settings_class, argv, doc, presets, other):

@@ -1,4 +1,6 @@
-"""Symbolic equality by math-verify, in worker processes that the kernel ends when an answer's time is up."""
+"""Symbolic equality by math-verify, in worker processes that the kernel ends when an answer's time
+is up.
+"""
 
 import json
 import os
@@ -21,7 +23,9 @@ class Workers:
             self._idle.put(_ready(worker))
 
     def ask(self, answer, gold, seconds):
-        """(what a worker says of a pair: "equal", "different", or something else if it died of it; the seconds it took)"""
+        """(what a worker says of a pair: "equal", "different", or something else if it died of it;
+        the seconds it took)
+        """
         worker = self._idle.get()
         start = time.perf_counter()
         try:
@@ -37,7 +41,10 @@ class Workers:
         return reply.strip(), took
 
     def close(self):
-        """End them. They end by themselves, too, when this process ends in whatever way: their input closes."""
+        """End them.
+
+        They end by themselves, too, when this process ends in whatever way: their input closes.
+        """
         while not self._idle.empty():
             self._idle.get().stdin.close()
 
@@ -59,7 +66,10 @@ def _ready(worker):
 
 
 def _work():
-    """A worker: this process loads math-verify once, then forks a child that answers. When the kernel ends a child, it forks another."""
+    """A worker: this process loads math-verify once, then forks a child that answers.
+
+    When the kernel ends a child, it forks another.
+    """
     limits = [
         bound
         for bound in (WORKER_BYTES, *resource.getrlimit(resource.RLIMIT_AS))
@@ -89,17 +99,13 @@ def _work():
 def _answer(math_verify, latex):
     for line in iter(sys.stdin.readline, ""):
         answer, gold, timeout = json.loads(line)
-        signal.setitimer(
-            signal.ITIMER_REAL, timeout
-        )  # SIGALRM's default action ends the process, in whatever code it is stuck
+        # SIGALRM's default action ends the process, in whatever code it is stuck
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+        parsing = dict(fallback_mode="no_fallback", parsing_timeout=None)
+        exact = dict(float_rounding=30, numeric_precision=60, strict=True, timeout_seconds=None)
         try:
-            a, b = (
-                math_verify.parse(f"${text}$", latex, fallback_mode="no_fallback", parsing_timeout=None)
-                for text in (answer, gold)
-            )
-            same = bool(a and b) and math_verify.verify(
-                b, a, float_rounding=30, numeric_precision=60, strict=True, timeout_seconds=None
-            )
+            a, b = (math_verify.parse(f"${text}$", latex, **parsing) for text in (answer, gold))
+            same = bool(a and b) and math_verify.verify(b, a, **exact)
         except Exception:
             same = False
         signal.setitimer(signal.ITIMER_REAL, 0)

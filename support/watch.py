@@ -1,4 +1,5 @@
-"""Ranks that watch each other: a signal, a failure or a hang on one of them ends the run on all of them, with the reason.
+"""Ranks that watch each other: a signal, a failure or a hang on one of them ends the run on all of
+them, with the reason.
 
     with Watch(hang_timeout=90) as watch:                # on every rank, once the process group is there
         try:
@@ -12,7 +13,7 @@
 A thread of each rank exchanges its rank's state with the threads of the others once a second. What
 they react to:
 
-    signal    SIGTERM or SIGINT to any rank stops all of them: at once before `graceful` is set, afterwards at the end of
+    signal    SIGTERM or SIGINT to any rank stops all of them: at once before `graceful` is set, later at the end of
               the next phase that can stop. Another signal at least AGAIN seconds later ends the process at once. (One
               that comes sooner may be the same: a scheduler signals all processes, then torchrun signals its ranks.)
     failure   an exception ends its rank with the reason, and the other ranks too; in a phase that can stop, all ranks
@@ -40,7 +41,9 @@ from torch.distributed.fsdp import FSDPModule
 
 
 class Stopped(Exception):
-    """The run is to stop: raised by step() to leave a phase, then by the end of that phase on all ranks together."""
+    """The run is to stop: raised by step() to leave a phase, then by the end of that phase on all
+    ranks together.
+    """
 
 
 class Watch:
@@ -65,10 +68,8 @@ class Watch:
         self.agreed = False  # all ranks know that the run stops
         self.phase_name, self.waits, self.beats, self.steps = None, False, 0, 0
         self.failed, self.closing = False, False
-        self.told, self.cause = (
-            threading.Event(),
-            None,
-        )  # told: the others know of this rank's failure, or it of theirs
+        self.told = threading.Event()  # the others know of this rank's failure, or it of theirs:
+        self.cause = None
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.SILENT))
         self.together = dist.new_subgroups(together)[0] if together > 1 else None
@@ -218,10 +219,8 @@ class Watch:
                 if not self.graceful and not self.closing:
                     os._exit(128 + self.signal)
                 if self.phase_name and now - signalled > self.GRACE:
-                    message = (
-                        f"{self.phase_name} did not end within {self.GRACE} s; what was saved before is kept"
-                    )
-                    self._end(message, 128 + self.signal)
+                    late = f"{self.phase_name} did not end within {self.GRACE} s"
+                    self._end(f"{late}; what was saved before is kept", 128 + self.signal)
             for i, r in enumerate(ranks):
                 if r["beats"] != progress[i][0] or r["waits"]:
                     progress[i] = r["beats"], now
@@ -235,7 +234,9 @@ class Watch:
         self._end(cause, 1)
 
     def _end_hang(self, ranks, idle):
-        """End the run if a rank shows no progress. idle: seconds of each rank since its last sign of progress."""
+        """End the run if a rank shows no progress. idle: seconds of each rank since its last sign
+        of progress.
+        """
         if not self.hang_timeout:
             return
         # starting and saving, which are no phases, may take longer

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, left_running, our_environment, torchrun
 from transformers import AutoModelForCausalLM
 
-import ppo
+import learner
 from support import run_folder
 
 ARGUMENTS = [
@@ -137,7 +137,7 @@ def test_a_run_that_is_killed_again_and_again_ends_whole(moments, iterations, tm
     assert [line["iteration"] for line in lines] == list(range(iterations + 1))
     for i, line in enumerate(lines[1:]):
         assert line["learning_rate"] == pytest.approx(
-            ppo.learning_rate(2 * i + 0.5, 2 * iterations, 1e-4), rel=0.1, abs=1e-7
+            learner.learning_rate(2 * i + 0.5, 2 * iterations, 1e-4), rel=0.1, abs=1e-7
         )
         assert ("accuracy" in line) == ((i + 1) % 5 == 0 or i + 1 == iterations) and line[
             "logprob_gap"

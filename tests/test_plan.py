@@ -1,4 +1,4 @@
-"""The plan against what FSDP2 does with the paper's two models on eight ranks: on the meta device."""
+"""The plan against what FSDP2 does with the two models of the paper on eight ranks."""
 
 import sys
 

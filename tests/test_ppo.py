@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, MistralForCausalLM
 
+import learner
 import model as networks
 import ppo
 from episode import Episode
@@ -104,7 +105,7 @@ def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_mod
     """Neighbours in the row do not see each other; neither the chunks of the head nor the empty pass change anything."""
     monkeypatch.setattr(networks, "LOGITS", 3 * 20)  # chunks of a few tokens
     model, plain = load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
-    m = ppo.micro_batch(episodes(), [5, 0, 3], device)
+    m = learner.micro_batch(episodes(), [5, 0, 3], device)
     got = model(m, temperature=0.6)
     expected = []
     for i in (5, 0, 3):
@@ -116,11 +117,11 @@ def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_mod
         ]
     expected = torch.stack(expected)
     torch.testing.assert_close(got, expected.float(), atol=1e-5, rtol=1e-5)
-    advantages = ppo.per_token(episodes(), "advantages", device)[m.tokens]
+    advantages = learner.per_token(episodes(), "advantages", device)[m.tokens]
     assert advantages.tolist() == pytest.approx([a for i in (5, 0, 3) for a in episodes()[i].advantages])
     (got * advantages).sum().backward()
     (expected * advantages).sum().backward()
-    empty = model(ppo.micro_batch(episodes(), [2], device, actions=False))
+    empty = model(learner.micro_batch(episodes(), [2], device, actions=False))
     assert len(empty) == 0
     empty.sum().backward()  # all parameters take part, so that FSDP's passes are the same on all ranks
     for (name, a), b in zip(model.network.named_parameters(), plain.parameters()):
@@ -153,7 +154,7 @@ def test_a_sliding_window_is_kept(tiny_model, device, tmp_path):
     plain = MistralForCausalLM(config)
     plain.save_pretrained(tmp_path)
     model = load_sharded(tmp_path, device)
-    m = ppo.micro_batch(episodes(), [3, 4], device)
+    m = learner.micro_batch(episodes(), [3, 4], device)
     row, _ = m.input_ids[0].split(m.lengths)
     expected = (
         plain(row[None])
@@ -181,18 +182,18 @@ def test_logits_that_the_model_changes_behind_the_head_are_refused(device, tmp_p
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 500))
 def test_micro_batches_hold_each_episode_once_within_the_budget(lengths, budget):
     lengths = sorted(lengths, reverse=True)
-    count = ppo.fewest_parts(lengths, budget)
-    parts = ppo.fill_evenly(lengths, count)
+    count = learner.fewest_parts(lengths, budget)
+    parts = learner.fill_evenly(lengths, count)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths))) and len(parts) == count
     assert max(sum(lengths[i] for i in part) for part in parts) <= max(budget, lengths[0])
     if budget >= lengths[0]:  # at least half full on average, or one part
         assert count == 1 or sum(lengths) / count >= budget / 2
-    more = ppo.fill_evenly(lengths, count + 3)  # another rank needs more passes
+    more = learner.fill_evenly(lengths, count + 3)  # another rank needs more passes
     assert sorted(i for part in more for i in part) == list(range(len(lengths))) and len(more) == count + 3
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
-    rates = [ppo.learning_rate(step, 1000, 1.0) for step in range(1001)]
+    rates = [learner.learning_rate(step, 1000, 1.0) for step in range(1001)]
     assert (
         rates[0] == pytest.approx(1 / 30)
         and max(rates) == rates[29] == 1.0
@@ -334,7 +335,7 @@ def test_the_update_equals_plain_torch(tiny_model, device, reference_update):
             loss = loss + 0.1 * (d.exp() - d - 1).clamp(0, 10).sum() / len(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = ppo.learning_rate(step, 4, 1e-2)
+        optimizer.param_groups[0]["lr"] = learner.learning_rate(step, 4, 1e-2)
         optimizer.step()
     assert_same_weights(model.state_dict(), reference_update[0], tiny_model)
 

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from episode import Episode, State
+from learner import micro_batch
 from model import full_tensors, load_sharded
-from ppo import micro_batch
 
 
 @pytest.fixture

@@ -351,7 +351,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     (
         "--model {model} --algorithm rloo --responses_per_prompt 1",
         1,
-        "--responses_per_prompt 1 must be at least 2",
+        "--responses_per_prompt 1 must be at least 2, to compare them",
     ),
     (
         "--model {model} --step_credit line",
@@ -366,7 +366,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     (
         "--model {model} --max_tokens 200",
         1,
-        "--max_tokens 200 leaves no room for a prompt in --max_sequence 160",
+        "--max_tokens 200 leaves no room for prompts in --max_sequence 160",
     ),
     (
         "--model {model} --max_sequence 130",

@@ -1,0 +1,40 @@
+"""Settings of train.py that do not go together, or not on the ranks at hand: ValueError with one
+line for the user.
+"""
+
+from support.metrics import check_report
+from support.settings import need
+
+BELONGS_TO = dict.fromkeys(["K", "step_credit", "max_valued_steps"], "vineppo")
+BELONGS_TO |= dict.fromkeys(["gae_lambda", "gamma", "critic_learning_rate"], "ppo")
+
+
+def check_given(s, given):
+    """given: names of the settings on the command line, which must have an effect."""
+    trains = " --".join(sorted(given & {"iterations", "eval_every", "save_every"}))
+    need(not (s.eval_only and trains), f"--eval_only trains nothing: leave out --{trains}")
+    for name in sorted(given & set(BELONGS_TO)):
+        why = f"does nothing with --algorithm {s.algorithm}: it belongs to {BELONGS_TO[name]}"
+        need(s.algorithm == BELONGS_TO[name], f"--{name} {why}")
+
+
+def check(s, world):
+    """Raise ValueError for settings that do not go together, or not on `world` ranks."""
+    check_report(s.report_to)
+    divide = f"does not divide over {world} ranks: take a multiple of {world}"
+    prompts = s.prompts_per_iteration
+    need(prompts % world == 0, f"--prompts_per_iteration {prompts} {divide}")
+    need(s.minibatch % world == 0, f"--minibatch {s.minibatch} {divide}")
+    responses = prompts * s.responses_per_prompt
+    what = f"the iteration's {responses} responses (prompts_per_iteration x responses_per_prompt)"
+    need(responses % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide {what}")
+    size = s.tensor_parallel_size
+    need(world % size == 0, f"--tensor_parallel_size {size} is no divisor of the {world} ranks")
+    few = f"--algorithm {s.algorithm}: --responses_per_prompt 1 must be at least 2, to compare them"
+    need(s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"), few)
+    greedy = "--eval_temperature 0 gives one and the same response: add --eval_samples 1"
+    need(s.eval_temperature > 0 or s.eval_samples == 1, greedy)
+    room = f"--max_tokens {s.max_tokens} leaves no room for prompts in --max_sequence {s.max_sequence}"
+    need(s.max_tokens < s.max_sequence, room)
+    both = "--eval_only and --resume exclude each other: name the checkpoint's folder with --model"
+    need(not (s.eval_only and s.resume), both)
