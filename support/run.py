@@ -97,7 +97,7 @@ class Run:
         """Before the first iteration. evaluated: episodes of an evaluation before training, or of
         one that a stop cut short.
         """
-        if evaluated and not self.watch.agreed:
+        if evaluated is not None and not self.watch.agreed:
             self.accuracy = evaluation_metrics(evaluated, self.engine.sharers)["accuracy"]
             last = self.lines.pop() if self.done else {"iteration": 0}
             self.lines.append(last | {"accuracy": rounded(self.accuracy)})
@@ -134,7 +134,7 @@ class Run:
         if self.watch.agreed:
             evaluated = None
         metrics = {"iteration": self.done} | self._measured(episodes) | metrics
-        if evaluated:
+        if evaluated is not None:
             metrics |= evaluation_metrics(evaluated, self.engine.sharers)
             self.accuracy = metrics["accuracy"]
         if metrics["aborted"]:

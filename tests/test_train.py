@@ -290,7 +290,7 @@ def test_when_one_rank_fails_all_stop_and_say_why(tmp_path, tiny_model, how):
         "--eval_every",
         0,
     ]
-    arguments += ["--save_every", 0, "--hang_timeout", 20]
+    arguments += ["--save_every", 0, "--hang_timeout", 12]
     marker, secret = f"{how}-{tmp_path.name}", "hf_ThisIsSecret"
     done = torchrun(
         2, tmp_path / "faulty.py", *arguments, how, VINEPPO_TEST=marker, HF_TOKEN=secret, WANDB_API_KEY=secret
