@@ -1,8 +1,12 @@
-"""Shared by the tests: a one-rank process group, a tiny untrained model, one engine for the whole session, torchrun, real data."""
+"""Shared by the tests: a one-rank process group, a tiny untrained model, one engine for the whole
+session, torchrun, real data.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 SHARED_DATA = ROOT.parent / "shared" / "data"  # GSM8K and a MATH sample, where they are at hand
 
 
@@ -46,6 +51,42 @@ def engine(tiny_model, device):
     engine.shutdown()
 
 
+def pytest_collection_finish(session):
+    """Begin to tune the policy of sft_policy, beside the tests that come before those that need it."""
+    if any("sft_policy" in getattr(item, "fixturenames", ()) for item in session.items):
+        folder = tempfile.mkdtemp()
+        command = [
+            *TORCHRUN,
+            "--nproc_per_node=2",
+            "sft.py",
+            "--dataset",
+            "arithmetic",
+            "--out",
+            f"{folder}/sft",
+        ]
+        options = dict(
+            cwd=ROOT, env=our_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        session.config.sft = folder, subprocess.Popen([sys.executable, *command], **options)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "sft"):
+        folder, process = config.sft
+        process.terminate()  # if the tests ended before it
+        process.communicate()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def sft_policy(pytestconfig):
+    """A folder with the arithmetic task's policy as `make demo` tunes it, on two ranks."""
+    folder, process = pytestconfig.sft
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return Path(folder) / "sft"
+
+
 @pytest.fixture
 def shared_data():
     if not SHARED_DATA.is_dir():
@@ -54,14 +95,16 @@ def shared_data():
 
 
 def torchrun(ranks, *argv, **variables):
-    """Run a script on several ranks from the project's folder; returns the finished process with its output as text."""
-    return python(
-        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *argv, **variables
-    )
+    """Run a script on several ranks from the project's folder; returns the finished process with
+    its output as text.
+    """
+    return python(*TORCHRUN, f"--nproc_per_node={ranks}", *argv, **variables)
 
 
 def python(*argv, **variables):
-    """Run python from the project's folder, outside of this process's group of ranks, with these environment variables."""
+    """Run python from the project's folder, outside of this process's group of ranks, with these
+    environment variables.
+    """
     environment = our_environment() | variables
     return subprocess.run(
         [sys.executable, *map(str, argv)],
@@ -83,7 +126,9 @@ def our_environment():
 
 
 def left_running(marker, command="", rank=None):
-    """Numbers of the processes that were started, by whomever, with VINEPPO_TEST=marker; those of one command, of one rank."""
+    """Numbers of the processes that were started, by whomever, with VINEPPO_TEST=marker; those of
+    one command, of one rank.
+    """
     found = []
     for folder in Path("/proc").iterdir():
         try:

@@ -1,4 +1,6 @@
-"""The baselines' formulas against their definitions, the critic's and DPO+'s training against plain torch, and small runs that improve."""
+"""The baselines' formulas against their definitions, the critic's and DPO+'s training against plain
+torch, and small runs that improve.
+"""
 
 import json
 import random
@@ -21,7 +23,7 @@ from rollout import episodes_for, sample
 from support.ranks import init_distributed
 from vine import Vine
 
-# --- GRPO, RLOO ---------------------------------------------------------------------------------------------------------------------
+# --- GRPO, RLOO ---
 
 
 def test_group_advantages():
@@ -39,7 +41,9 @@ def test_group_advantages():
 
 
 def test_rloo_is_the_unbiased_policy_gradient():
-    """A two-armed bandit, group of 3: the mean of A * grad log pi over all outcomes is the gradient of the expected reward."""
+    """A two-armed bandit, group of 3: the mean of A * grad log pi over all outcomes is the gradient
+    of the expected reward.
+    """
     logit = torch.tensor(0.3, requires_grad=True)
     p = torch.sigmoid(logit)
     (exact,) = torch.autograd.grad(p * 1.0, logit)
@@ -53,7 +57,7 @@ def test_rloo_is_the_unbiased_policy_gradient():
     assert total == pytest.approx(exact.item(), rel=1e-5)
 
 
-# --- PPO ------------------------------------------------------------------------------------------------------------------------
+# --- PPO ---
 
 
 def test_gae_is_the_sum_of_discounted_errors():
@@ -147,7 +151,9 @@ def test_a_critic_step_is_plain_torch(tiny_model, device, micro_batch_tokens):
 
 
 def test_a_critic_learns_what_can_be_told_from_the_prompt_and_is_restored(tiny_model, device, tmp_path):
-    """Responses to prompts with token 5 are right, those with token 6 wrong: the explained variance goes from 0 to near 1."""
+    """Responses to prompts with token 5 are right, those with token 6 wrong: the explained variance
+    goes from 0 to near 1.
+    """
     rng = random.Random(0)
     settings = dict(total_steps=60, learning_rate=1e-3, minibatch=16, epochs=2)
     network = critic.Critic(tiny_model, device, **settings)
@@ -174,7 +180,7 @@ def test_a_critic_learns_what_can_be_told_from_the_prompt_and_is_restored(tiny_m
     assert [e.token_values for e in episodes] == [e.token_values for e in other]
 
 
-# --- RestEM, DPO+ ---------------------------------------------------------------------------------------------------------------
+# --- RestEM, DPO+ ---
 
 
 def graded(prompt, text, reward):
@@ -254,7 +260,9 @@ def test_a_dpo_round_widens_the_margin_and_matches_plain_log_probabilities(tiny_
 
 
 def trained(model, device, rank=0, world=1):
-    """The weights after an update of the critic, a round of DPO+ and a round of RestEM, by this rank's share of the work: [{name: tensor}]."""
+    """The weights after an update of the critic, a round of DPO+ and a round of RestEM, by this
+    rank's share of the work: [{name: tensor}].
+    """
     share = episodes_for_the_critic()[rank::world]
     network = critic.Critic(
         model, device, total_steps=4, learning_rate=1e-2, minibatch=4, micro_batch_tokens=1, epochs=2
@@ -289,7 +297,7 @@ def test_two_ranks_train_the_baselines_as_one_does(tiny_model, device, tmp_path)
             assert change > 1e-3 and (got[name] - tensor).norm() < 1e-2 * change, name
 
 
-# --- whole loops on a problem that is learnt in seconds: a response is right if it begins with 7 ------------------------------------
+# --- whole loops on a problem that is learnt in seconds: a response is right if it begins with 7 ---
 
 
 class BeginsWith7:
@@ -302,7 +310,9 @@ class BeginsWith7:
 
 @pytest.mark.parametrize("algorithm", ["vineppo", "ppo", "grpo", "rloo", "restem", "dpo"])
 def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, tokenizer, device):
-    """From 1 in 22 at random, through the real engine, trainer and critic; what every algorithm gets are the graded responses alone."""
+    """From 1 in 22 at random, through the real engine, trainer and critic; what every algorithm
+    gets are the graded responses alone.
+    """
     engine.load_weights(full_tensors(load_sharded(tiny_model, device)))
     s = train.Settings(
         responses_per_prompt=32, K=4, step_credit="tokens:1", max_tokens=4, temperature=1.0, top_p=1.0
@@ -350,7 +360,7 @@ def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, token
     assert rewards[0] < 0.15 and max(rewards[-2:]) > 0.3, rewards
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------------------
+# --- runs ---
 
 
 def metrics_of(run):

@@ -70,7 +70,9 @@ def test_the_seeds_that_count_wait_for_the_search_and_use_the_best_rate():
 
 
 def planned_results(curves):
-    """The curves as results of the commands planned for them; the search first: the others follow from it."""
+    """The curves as results of the commands planned for them; the search first: the others follow
+    from it.
+    """
     found = {}
     for name in sorted(curves, key=lambda name: not name.startswith("search-")):
         found[name] = curves[name] | dict(command=compare.planned(found).get(name, "an older one"))
@@ -285,7 +287,9 @@ def test_values_refuses_what_is_no_checkpoint(tmp_path):
 
 
 def test_the_plain_trainer_of_the_benchmark_makes_the_same_update(tiny_model, device):
-    """It is compared with in time and memory, so it must do the same work: one optimizer step with both."""
+    """It is compared with in time and memory, so it must do the same work: one optimizer step with
+    both.
+    """
     rng, episodes = random.Random(0), []
     for n in (3, 9, 1, 6):
         prompt, response = ([rng.randrange(2, 20) for _ in range(length)] for length in (5, n))

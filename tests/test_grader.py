@@ -1,4 +1,7 @@
-"""A table of answers, grouped by kind: add a line to a group. Then what the grader does with hostile answers, and with its workers."""
+"""A table of answers, grouped by kind: add a line to a group.
+
+Then what the grader does with hostile answers, and with its workers.
+"""
 
 import os
 import signal
@@ -325,7 +328,9 @@ def test_is_correct_is_the_same_grader():
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda a: ascii(a[:30]))
 def test_hostile_answers_are_wrong(one_grader, answer):
-    """Each of them: what hangs is given up, what would be executed is not, what kills its worker does not kill ours."""
+    """Each of them: what hangs is given up, what would be executed is not, what kills its worker
+    does not kill ours.
+    """
     assert one_grader.grade([f"#### {answer}", f"\\boxed{{{answer}}}"], ["7", r"\sqrt{7}"]) == [False, False]
     assert not os.path.exists("pwned")
 

@@ -1,4 +1,6 @@
-"""One iteration from responses to advantages, with an engine that writes what it is told; dealing; metrics; warnings."""
+"""One iteration from responses to advantages, with an engine that writes what it is told; dealing;
+metrics; warnings.
+"""
 
 import json
 import math
@@ -22,7 +24,9 @@ from vine import Vine, even_out
 
 
 class ScriptedEngine:
-    """Token ids are character codes, 0 is EOS. Continues each prompt with the text that script(prompt text, k) gives for sample k.
+    """Token ids are character codes, 0 is EOS.
+
+    Continues each prompt with the text that script(prompt text, k) gives for sample k.
 
     The latest request ends first. `room`: so many requests run at a time.
     """
@@ -77,7 +81,9 @@ def run_iteration(engine, grader, s, problem):
 
 
 def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit(device):
-    """A chain of three lines, right if the second is "b": V(prompt) = 1/2, V after "a" = 1/2, after "b" 1, after "x" 0."""
+    """A chain of three lines, right if the second is "b": V(prompt) = 1/2, V after "a" = 1/2, after
+    "b" 1, after "x" 0.
+    """
 
     def script(text, k):
         line = "b" if k % 2 else "x"
@@ -123,7 +129,10 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit(devic
 
 
 def test_rollouts_begin_while_other_responses_are_written(device):
-    """The second response ends first. Its states are submitted, and valued, before the first one has ended."""
+    """The second response ends first.
+
+    Its states are submitted, and valued, before the first one has ended.
+    """
     engine, grader, order = ScriptedEngine(lambda text, k: f"a\nb\n#### {k}"), Grader(), []
     s = train.Settings(**SETTINGS)
     vine = Vine(engine, grader, s)
@@ -140,7 +149,10 @@ def test_rollouts_begin_while_other_responses_are_written(device):
 
 
 def value_unequal_problems(rank):
-    """Rank 0's response has eight lines, rank 1's one; the engines have room for one request. Behind t lines every (1 + t)th rollout is right."""
+    """Rank 0's response has eight lines, rank 1's one; the engines have room for one request.
+
+    Behind t lines every (1 + t)th rollout is right.
+    """
 
     def script(text, k):
         lines = text.count("line")

@@ -1,4 +1,6 @@
-"""The loss against autograd on the plain formula; the update against itself in other micro-batches and on other numbers of ranks."""
+"""The loss against autograd on the plain formula; the update against itself in other micro-batches
+and on other numbers of ranks.
+"""
 
 import math
 import socket
@@ -98,11 +100,13 @@ def test_entropy_of_a_uniform_and_a_tempered_distribution():
     )
 
 
-# --- packing ----------------------------------------------------------------------------------------------------------------------
+# --- packing ---
 
 
 def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_model, device, monkeypatch):
-    """Neighbours in the row do not see each other; neither the chunks of the head nor the empty pass change anything."""
+    """Neighbours in the row do not see each other; neither the chunks of the head nor the empty
+    pass change anything.
+    """
     monkeypatch.setattr(networks, "LOGITS", 3 * 20)  # chunks of a few tokens
     model, plain = load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
     m = learner.micro_batch(episodes(), [5, 0, 3], device)
@@ -147,8 +151,8 @@ def test_the_chunked_head_has_the_gradients_of_all_logits_at_once(monkeypatch):
 
 def test_a_sliding_window_is_kept(tiny_model, device, tmp_path):
     config = MistralConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=4, head_dim=8,
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, head_dim=8,
     )  # fmt: skip
     torch.manual_seed(0)
     plain = MistralForCausalLM(config)
@@ -205,7 +209,7 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     )
 
 
-# --- the whole update -------------------------------------------------------------------------------------------------------------
+# --- the whole update ---
 
 
 def episodes(count=8):
@@ -308,7 +312,9 @@ def free_port():
 
 
 def test_the_update_equals_plain_torch(tiny_model, device, reference_update):
-    """No FSDP, no batching, no library of ours but the plain formula: AdamW on the loss of eight sequences."""
+    """No FSDP, no batching, no library of ours but the plain formula: AdamW on the loss of eight
+    sequences.
+    """
     model, ref = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
 

@@ -1,4 +1,6 @@
-"""The engine against the trainer: same log-probabilities before and after a weight sync, and a missed sync or a stale cache shows."""
+"""The engine against the trainer: same log-probabilities before and after a weight sync, and a
+missed sync or a stale cache shows.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from model import full_tensors, load_sharded
 
 @pytest.fixture
 def models(tiny_model, device, engine):
-    """The trainer's model, and a copy with other weights; the engine has the first one's when the test begins."""
+    """The trainer's model, and a copy with other weights; the engine has the first one's when the
+    test begins.
+    """
     model, other = load_sharded(tiny_model, device), load_sharded(tiny_model, device)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(7)

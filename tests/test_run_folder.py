@@ -1,4 +1,6 @@
-"""A checkpoint that is not whole is never taken for one, wherever its writing or copying was cut short; what was saved before stays."""
+"""A checkpoint that is not whole is never taken for one, wherever its writing or copying was cut
+short; what was saved before stays.
+"""
 
 import json
 import random

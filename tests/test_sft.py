@@ -1,4 +1,6 @@
-"""The fine-tuning step against plain torch on the responses alone, and the little model it starts from."""
+"""The fine-tuning step against plain torch on the responses alone, and the little model it starts
+from.
+"""
 
 import torch
 from transformers import AutoModelForCausalLM

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from steps import check_rule, split_steps, step_boundaries, token_boundaries, token_starts
 from vine import token_advantages
 
-# --- tokens -----------------------------------------------------------------------------------------------------------------------
+# --- tokens ---
 
 TEXTS = [
     "Let $x=5$. Then we add two.\nSo 72 eggs cost \\$3.\n\nThe naïve café paid €5 — déjà vu.\n#### 72",
@@ -101,7 +101,7 @@ def test_garbage_bytes_do_not_swallow_the_rest():
     assert len(starts) == 54 and starts == sorted(starts) and starts[-1] == len(tokenizer.decode(ids)) - 1
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------------------
+# --- steps ---
 
 STEPS = [  # the steps of a response, concatenated
     ["8*9=72", "\n72+6=78", "\n78-7=71\n#### 71"],

@@ -11,7 +11,8 @@ import pytest
 import vine
 from episode import Episode
 
-# --- the coin task: a response is five flips of a coin that shows 1 with probability P, rewarded when at least three are 1 -----------
+# The coin task: a response is five flips of a coin that shows 1 with probability P, rewarded when at
+# least three are 1.
 
 P, FLIPS = 0.4, 5
 
@@ -27,7 +28,9 @@ def flip_on(prefix, rng):
 
 
 def estimates(k, repeats, rng):
-    """Estimates of each state's value on the fixed response 1 0 1 0 1, `repeats` times: [repeats][state]."""
+    """Estimates of each state's value on the fixed response 1 0 1 0 1, `repeats` times:
+    [repeats][state].
+    """
     episode = Episode([9], response_ids=[1, 0, 1, 0, 1], boundaries=list(range(FLIPS + 1)))
     states, result = vine.states_of(episode, {}), []
     for _ in range(repeats):
@@ -73,7 +76,11 @@ def test_each_distinct_state_is_estimated_once():
     states = [vine.states_of(e, known) for e in episodes]
     assert [state.number for state in known.values()] == list(range(5))
     assert states[0][:2] == states[1]  # the prompt and the shared first step
-    assert [state.rest for state in states[0]] == [4, 2, 1]  # tokens behind each in the response that had it first
+    assert [state.rest for state in states[0]] == [
+        4,
+        2,
+        1,
+    ]  # tokens behind each in the response that had it first
     for e, row in zip(episodes, states):
         for state, cut in zip(row, e.boundaries[:-1], strict=True):
             assert (state.prompt_ids, state.prefix_ids) == (e.prompt_ids, e.response_ids[:cut])
