@@ -55,26 +55,17 @@ def pytest_collection_finish(session):
     """Begin to tune the policy of sft_policy, beside the tests that come before those that need it."""
     if any("sft_policy" in getattr(item, "fixturenames", ()) for item in session.items):
         folder = tempfile.mkdtemp()
-        command = [
-            *TORCHRUN,
-            "--nproc_per_node=2",
-            "sft.py",
-            "--dataset",
-            "arithmetic",
-            "--out",
-            f"{folder}/sft",
-        ]
-        options = dict(
-            cwd=ROOT, env=our_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        session.config.sft = folder, subprocess.Popen([sys.executable, *command], **options)
+        sft = f"--nproc_per_node=2 sft.py --dataset arithmetic --out {folder}/sft".split()
+        output = open(f"{folder}/log.txt", "w")  # a pipe that nobody reads would fill up and block it
+        options = dict(cwd=ROOT, env=our_environment(), stdout=output, stderr=output)
+        session.config.sft = folder, subprocess.Popen([sys.executable, *TORCHRUN, *sft], **options)
 
 
 def pytest_unconfigure(config):
     if hasattr(config, "sft"):
         folder, process = config.sft
         process.terminate()  # if the tests ended before it
-        process.communicate()
+        process.wait()
         shutil.rmtree(folder)
 
 
@@ -82,8 +73,7 @@ def pytest_unconfigure(config):
 def sft_policy(pytestconfig):
     """A folder with the arithmetic task's policy as `make demo` tunes it, on two ranks."""
     folder, process = pytestconfig.sft
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
+    assert process.wait(timeout=900) == 0, Path(folder, "log.txt").read_text()
     return Path(folder) / "sft"
 
 
