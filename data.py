@@ -140,9 +140,7 @@ def _problem(where, row):
 
 
 def _gold(solution):
-    """The answer at the end of a well-formed solution, "" where there is none
-    (grader.extract_answer is the one for sampled text).
-    """
+    """The answer at the end of a worked solution, or "" (grader.extract_answer reads sampled text)."""
     if "####" in solution:
         return solution.rsplit("####", 1)[1].strip()
     start, depth = solution.rfind("\\boxed{"), 0

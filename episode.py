@@ -1,7 +1,6 @@
-"""The records that flow through everything, and the interface of what turns them into advantages.
+"""The records that flow through everything, and the interface of an algorithm.
 
-Problem -> Episode (a response) -> State (before each of its steps) -> Completion (a rollout from
-it)
+Problem (data.py) -> Episode, a response -> State, before each step -> Completion, a rollout from it
 """
 
 import statistics
@@ -12,7 +11,7 @@ from steps import step_boundaries, token_starts
 
 @dataclass(eq=False)
 class Completion:
-    """What the engine sampled behind a prompt and prefix. The rollouts of a state are such."""
+    """What the engine sampled behind a prompt and prefix: a response, or a rollout of a state."""
 
     token_ids: list[int]  # as sampled, with EOS and the tokens of a stop string, which are actions too
     text: str  # of prefix and token_ids together, cut off before a stop string
@@ -23,10 +22,7 @@ class Completion:
 
 @dataclass(eq=False)
 class State:
-    """s_t: a prompt and the first t steps of a response to it.
-
-    Its value is the mean reward of rollouts from it.
-    """
+    """s_t: a prompt and the first t steps of a response to it, valued by rollouts from it."""
 
     prompt_ids: list[int]
     prefix_ids: list[int]  # the very ids that were sampled up to here; empty: s_0, the prompt
@@ -88,7 +84,7 @@ class Episode:
         return len(self.prompt_ids) + len(self.response_ids)
 
     def as_dict(self, decode, shown=2):
-        """What is stored of it for experiments/show.py: prompt, answer, reward, finished, and its steps.
+        """What is stored of it for experiments/show.py: prompt, answer, reward, finished, steps.
 
         A step: text, advantage (mean of its tokens), value (of the state before it; None where the
         algorithm has none) and, where rollouts made the value, K, how many were right, and the
@@ -114,9 +110,10 @@ class Episode:
 
 
 class Estimator:
-    """Where the advantages of an algorithm come from; all else is shared.
+    """Where advantages come from. Algorithms differ in nothing else. set_advantages is required.
 
-    Only set_advantages is required.
+    The methods stand in the order in which train.py calls them. start and finish run where a rank
+    may be stopped, or may fail, alone: they must not talk to other ranks. The others may.
     """
 
     networks = ()  # sharded models of its own, which train beside the policy
@@ -125,16 +122,13 @@ class Estimator:
         """A response has ended, while others are still being written: begin what can be begun."""
 
     def deal(self):
-        """All ranks have their responses.
-
-        The only one of the first three in which ranks may talk to each other.
-        """
+        """All ranks have their responses: exchange work with other ranks."""
 
     def finish(self):
-        """Complete what start began. The engine still runs."""
+        """Complete what start and deal began. The engine still runs."""
 
     def set_advantages(self, episodes):
-        """Set `advantages` of this rank's episodes. All ranks call it, while the engine sleeps."""
+        """Set `advantages` of this rank's episodes. The engine sleeps."""
         raise NotImplementedError
 
     def update(self, episodes):

@@ -58,9 +58,7 @@ def extract_answer(text):
 
 
 def _inside_braces(text, start):
-    """The stripped text up to the brace that closes the one before start; None if empty, or if none
-    closes.
-    """
+    """The text up to the brace that closes the one before start; None if it is empty or none closes."""
     depth = 1
     for m in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(m.group(), 0)
@@ -88,10 +86,7 @@ class Grader:
         self._workers = Workers(workers)
 
     def start(self, texts, golds):
-        """Begin to grade in the background what grade will be asked.
-
-        Returns pairs (final answer, gold answer).
-        """
+        """Begin to grade in the background. Returns the pairs (final answer, gold answer)."""
         pairs = [(extract_answer(text), gold) for text, gold in zip(texts, golds, strict=True)]
         for pair in pairs:
             if pair not in self.cache and pair not in self._started and pair[0] is not None:

@@ -33,9 +33,7 @@ class MicroBatch:
 
 
 def per_token(episodes, name, device):
-    """A field of episodes with a number per token, over all their action tokens [N]; 0 where one
-    has none.
-    """
+    """A per-token field of the episodes, over all their action tokens: [N]. Unset: zeros."""
     numbers = [x for e in episodes for x in getattr(e, name) or [0.0] * len(e.response_ids)]
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
@@ -43,7 +41,8 @@ def per_token(episodes, name, device):
 def micro_batch(episodes, rows, device, actions=True):
     """The MicroBatch of the episodes `rows`.
 
-    Without actions: N = 0, on a rank that has less to do than others.
+    actions=False: a forward and backward pass without action tokens (N = 0), for a rank that has fewer micro-batches
+    than the others: FSDP needs as many passes on all of them.
     """
     begins = [0, *accumulate(len(e.response_ids) for e in episodes)]
     ids, position_ids, positions, tokens, lengths = [], [], [], [], []
@@ -79,9 +78,7 @@ def micro_batches(episodes, rows, max_tokens, device):
 
 
 def fill_evenly(lengths, count):
-    """Numbers of the lengths, which descend, in `count` parts: each goes where the sum is the
-    smallest so far.
-    """
+    """Indices of the lengths, which descend, in `count` parts: each to the part with the smallest sum."""
     parts, sums = [[] for _ in range(count)], [0] * count
     for i, length in enumerate(lengths):
         smallest = sums.index(min(sums))
@@ -99,22 +96,17 @@ def fewest_parts(lengths, max_tokens):
 
 
 def minibatches(num_episodes, size, epochs, seed):
-    """Numbers of the episodes of each minibatch, in another order in every epoch. seed: a tuple of
-    ints.
-    """
+    """Indices of the episodes of each minibatch, shuffled in every epoch. seed: a tuple of ints."""
     if not num_episodes or num_episodes % size:
         raise ValueError(f"{num_episodes} episodes on this rank do not divide into minibatches of {size}")
     for epoch in range(epochs):
-        order = torch.randperm(
-            num_episodes, generator=torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
-        )
+        generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
+        order = torch.randperm(num_episodes, generator=generator)
         yield from (rows.tolist() for rows in order.split(size))
 
 
 def learning_rate(step, total_steps, peak, warmup_fraction=0.03):
-    """Linear warm-up over warmup_fraction of the optimizer steps, then linear decay to 0. step
-    counts from 0.
-    """
+    """The rate at `step`, from 0: linear warm-up from 0 to peak, then linear decay to 0."""
     warmup = max(1, round(warmup_fraction * total_steps))
     return peak * min((step + 1) / warmup, max(0.0, (total_steps - step) / max(1, total_steps - warmup)))
 
@@ -162,9 +154,8 @@ class Learner:
         skipped = sum(step["skipped"] for step in steps)
         kept = [step for step in steps if not step["skipped"]] or steps
         names = [name for name in steps[0] if name != "skipped"]
-        return {name: sum(step[name] for step in kept) / len(kept) for name in names} | {
-            "skipped_steps": skipped
-        }
+        means = {name: sum(step[name] for step in kept) / len(kept) for name in names}
+        return means | {"skipped_steps": skipped}
 
     def _optimizer_step(self, episodes, rows, loss_of):
         """One gradient step on the episodes `rows` of this rank and the other ranks' shares."""
@@ -176,9 +167,8 @@ class Learner:
         sums = 0.0
         for m in self.micro_batches(episodes, rows):
             loss, metrics = loss_of(m, num_responses, num_tokens)
-            (
-                loss * dist.get_world_size()
-            ).backward()  # FSDP averages over the ranks; the minibatch's gradient is their sum
+            # FSDP averages over the ranks; the minibatch's gradient is their sum
+            (loss * dist.get_world_size()).backward()
             sums = sums + torch.stack([loss.detach(), *metrics.values()])
         means = dict(zip(["loss", *metrics], sum_over_ranks(sums).tolist()))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -201,9 +191,7 @@ class Learner:
         return numbers | {"skipped": skipped}
 
     def save(self, folder):
-        """Write the sharded weights and optimizer state, all ranks together; load reads them, on
-        any number of ranks.
-        """
+        """Write weights, optimizer and step count, sharded. All ranks call it."""
         save_state(folder, self.model, self.optimizer, self.step)
 
     def load(self, folder):

@@ -37,8 +37,9 @@ def token_entropy(logits, temperature=1.0):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward gives the log-probabilities of action tokens; only they
-    pass through its head.
+    """A causal language model whose forward gives the log-probabilities of action tokens.
+
+    Hidden states of other tokens do not pass through its head.
     """
 
     def __init__(self, network):
@@ -163,10 +164,7 @@ def compute_dtype(device, bfloat16=None):
 
 
 def device_mesh(device, hybrid=False):
-    """All ranks; hybrid: [machines, ranks of each], to shard within a machine and replicate across.
-
-    For fully_shard.
-    """
+    """All ranks; hybrid: [machines, ranks of each], to shard within a machine and replicate across."""
     world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     shape, names = ((world // local, local), ("replicate", "shard")) if hybrid else ((world,), None)
     return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -249,18 +247,13 @@ def load_tokenizer(s):
 
 
 def full_tensors(model):
-    """(name, whole tensor) of each parameter and buffer of a wrapped network, one at a time.
-
-    A collective: all ranks must iterate together.
-    """
+    """(name, whole tensor) of each parameter and buffer, one at a time. All ranks must iterate together."""
     for name, tensor in model.network.state_dict().items():
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
-    """Write a sharded network as a Hugging Face folder (safetensors), for from_pretrained and `vllm
-    serve`. All ranks call it.
-    """
+    """Write a network as a Hugging Face folder (safetensors), as `vllm serve` loads it. All ranks call it."""
     state = {}
     for name, tensor in full_tensors(model):
         if dist.get_rank() == 0:
@@ -275,17 +268,13 @@ def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
 
 
 def save_state(folder, model, optimizer, step):
-    """Write a sharded network, its optimizer and the number of its steps with
-    torch.distributed.checkpoint; all ranks call it.
-    """
+    """Write network, optimizer and step count with torch.distributed.checkpoint. All ranks call it."""
     weights, optimizer = get_state_dict(model.network, optimizer)
     dcp.save({"model": weights, "optimizer": optimizer, "step": step}, checkpoint_id=folder)
 
 
 def load_state(folder, model, optimizer):
-    """Read what save_state wrote into the network and its optimizer, on any number of ranks;
-    returns the step.
-    """
+    """Read what save_state wrote, on any number of ranks. Returns the step count."""
     weights, optimizer_state = get_state_dict(model.network, optimizer)
     state = {"model": weights, "optimizer": optimizer_state, "step": 0}
     dcp.load(state, checkpoint_id=folder)

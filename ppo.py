@@ -138,10 +138,7 @@ class Trainer:
         return old, ref, {"entropy": entropy / tokens, "kl": kl / responses, "logprob_gap": gap / tokens}
 
     def weights(self):
-        """(name, whole tensor) of the policy, one at a time.
-
-        A collective: all ranks must iterate together.
-        """
+        """(name, whole tensor) of the policy, one at a time. All ranks must iterate together."""
         return full_tensors(self.policy)
 
     def save_pretrained(self, tokenizer, folder):

@@ -181,10 +181,7 @@ class Engine:
         return done
 
     def advance(self, grader):
-        """One step.
-
-        Fills the records that end with it, begins to grade them in the background, returns them.
-        """
+        """One step; the records that end with it are filled, and graded in the background. Returns them."""
         ended = []
         for record, completions in self.step():
             record.take(completions)

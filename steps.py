@@ -142,9 +142,7 @@ def _formulas(text):
 
 
 def _display_lines(text, start, stop):
-    """Where lines of the display text[start:stop] begin; one that only opens or closes it joins a
-    neighbour.
-    """
+    """Where lines of text[start:stop], a display, begin; one that only opens or closes it is none."""
     near = max(0, start - SHORT)
     line_start = text.rfind("\n", near, start) + 1 or near  # of the line in which the display opens
     lines = [line_start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
@@ -156,9 +154,7 @@ def _display_lines(text, start, stop):
 
 
 def _join_fragments(text, cuts, lines):
-    """Drop cuts that would leave a piece of under SHORT characters (SHORT_LINE in a display) and no
-    sentence.
-    """
+    """Drop cuts that would leave a fragment: a short piece that is no sentence (see SHORT)."""
     kept = [0]
     for cut in cuts[1:]:
         piece = text[kept[-1] : cut].strip()
@@ -171,9 +167,7 @@ def _join_fragments(text, cuts, lines):
 
 
 def _cut_long(text, cuts, formula_at):
-    """Halve pieces longer than LONG near their middle: at a pause of the text, else at a relation
-    in a formula.
-    """
+    """Halve pieces longer than LONG near their middle, at a PAUSE, else at a RELATION."""
     pending, added = [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a > LONG], []
     places = []  # (minimal half, positions), the kinds of place in the order in which they are tried
     for patterns, half, inside in ((PAUSES, HALF_TEXT, False), (RELATIONS, HALF_FORMULA, True)):

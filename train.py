@@ -168,10 +168,7 @@ def make_engine(s, watch):
 
 
 def make_learners(s, engine, grader, device):
-    """(the policy's trainer, the estimator of advantages).
-
-    A new algorithm: an Estimator, and its line here.
-    """
+    """(the policy's trainer, the estimator). A new algorithm: an Estimator, and its line here."""
     minibatches = s.prompts_per_iteration * s.responses_per_prompt // s.minibatch
     loading = dict(bfloat16=s.bfloat16, hybrid=s.hybrid_sharding, trust_remote_code=s.trust_remote_code)
     learning = dict(
@@ -243,9 +240,9 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
 
 
 def evaluate_if_due(done, run, engine, grader, problems, s):
-    """Episodes of the evaluation after `done` iterations, or None.
+    """Episodes of the evaluation after `done` iterations; None if none is due.
 
-    A stop in it: `run` raises Stopped later.
+    A stop in it is raised by run.begin or run.finished, once what was done before is written.
     """
     if not run.evaluation_is_due(done):
         return None

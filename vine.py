@@ -43,11 +43,10 @@ def token_advantages(boundaries, advantages):
 class Vine(Estimator):
     """Monte Carlo values of an iteration's states.
 
-    Rollouts begin as soon as the response of the state ends.
-
-    A state is sent to the engine as the very token ids that were sampled up to it. Equal states are
-    valued once. States for which the engine has no room wait, and are dealt to engines whose
-    problems are shorter.
+    Rollouts from the states of a response begin as soon as that response ends. A state is sent to
+    the engine as the very token ids that were sampled up to it. Equal states are valued once.
+    States for which the engine has no room wait; once all ranks have their responses, they are
+    dealt to engines with less to do.
     """
 
     def __init__(self, engine, grader, s):
@@ -86,15 +85,13 @@ class Vine(Estimator):
             self._submit(state)
 
     def finish(self):
-        """Until all rollouts have ended and are graded."""
+        """Wait until all rollouts have ended, and grade them."""
         while self.engine.running:
             self.engine.advance(self.grader)
         set_rewards(self.grader, [*self.known.values(), *self.guests])
 
     def set_advantages(self, episodes):
-        """Set the values of this engine's states, and from them the advantages of this rank's
-        episodes.
-        """
+        """Set the values of the states, and from them the advantages of this rank's episodes."""
         own = list(self.known.values())
         for guest in over_ranks(self.guests if self.engine.leads else []):
             if guest.home == self.engine.number:

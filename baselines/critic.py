@@ -21,9 +21,7 @@ from support.ranks import sum_over_ranks
 
 
 def gae(values, reward, gamma=1.0, lam=1.0):
-    """Generalized advantage estimates [T] from values[t] = V(s_t), t = 0..T-1, of the tokens of one
-    response and its reward.
-    """
+    """Generalized advantage estimates [T] from values[t] = V(s_t) of a response's tokens and its reward."""
     advantages, following, after = [0.0] * len(values), 0.0, 0.0  # A_{t+1}, V(s_{t+1})
     for t in reversed(range(len(values))):
         delta = (reward if t == len(values) - 1 else 0.0) + gamma * after - values[t]
@@ -63,9 +61,7 @@ class ValueNetwork(torch.nn.Module):
 
 
 class Critic(Estimator):
-    """The value network and its optimizer, sharded like the policy. loading: see load_sharded;
-    learning: see Learner.
-    """
+    """The value network, sharded like the policy. loading: see load_sharded; learning: see Learner."""
 
     def __init__(self, path, device, *, gamma=1.0, gae_lambda=1.0, clip=0.2, loading=None, **learning):
         self.device, self.gamma, self.gae_lambda, self.clip = device, gamma, gae_lambda, clip
@@ -80,9 +76,7 @@ class Critic(Estimator):
 
     @torch.no_grad()
     def set_advantages(self, episodes):
-        """Set the token advantages of this rank's episodes, the values they come from, and the
-        returns.
-        """
+        """Set the advantages of this rank's episodes, the values they come from, and the returns."""
         values = torch.zeros(sum(len(e.response_ids) for e in episodes), device=self.device)  # [N]
         for m in self.learner.micro_batches(episodes):
             values[m.tokens] = self.model(m)
@@ -113,9 +107,7 @@ class Critic(Estimator):
         return {new: found[old] for new, old in names.items()} | {"explained_variance": explained}
 
     def save(self, folder):
-        """Write the sharded weights and optimizer state, all ranks together; load reads them, on
-        any number of ranks.
-        """
+        """Write weights, optimizer and step count, sharded. All ranks call it."""
         self.learner.save(folder / "critic")
 
     def load(self, folder):
@@ -123,9 +115,7 @@ class Critic(Estimator):
 
 
 def explained_variance(values, returns):
-    """1 - Var(G - V) / Var(G) over the action tokens of all ranks, [N] each; 0 where the returns
-    are all equal.
-    """
+    """1 - Var(G - V) / Var(G) over all ranks' action tokens, [N] each; 0 if all returns are equal."""
     returns, errors = returns.double(), (returns - values).double()
     sums = [
         returns.new_tensor(len(returns)),

@@ -38,9 +38,7 @@ class Settings(rounds.Settings):
 
 
 def dpo_positive_loss(right, wrong, ref_right, ref_wrong, beta=0.3, penalty=50.0):
-    """Loss of each pair [B] from the log-probabilities [B] of its whole responses under the policy
-    and the reference.
-    """
+    """Loss of each pair [B] from the log-probabilities [B] of whole responses."""
     rho_right, rho_wrong = right - ref_right, wrong - ref_wrong
     return -F.logsigmoid(beta * (rho_right - rho_wrong - penalty * torch.relu(-rho_right)))
 
@@ -62,9 +60,7 @@ def response_logprobs(policy, episodes, device):
 
 
 def train_round(s, episodes, policy, device):
-    """One round, as rounds.main wants it: the policy that sampled the episodes, trained on their
-    pairs.
-    """
+    """One round (see rounds.main): the policy that sampled the episodes, trained on their pairs."""
     rank, world = dist.get_rank(), dist.get_world_size()
     policy = policy or load_sharded(s.model, device)
     pairs = pairs_of(episodes, s.cap, s.seed)
@@ -102,9 +98,7 @@ def train_round(s, episodes, policy, device):
 
 @torch.no_grad()
 def _reference_logprobs(s, policy, pairs, device):
-    """[number of pairs, 2], under the policy before its first step; each rank computes a share of
-    them.
-    """
+    """[pairs, 2], under the policy before its first step; each rank computes a share."""
     share = len(pairs) // dist.get_world_size()
     mine, parts = pairs[dist.get_rank() * share :][:share], []
     for k in range(0, share, s.micro_batch):

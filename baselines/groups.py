@@ -13,9 +13,7 @@ from episode import Estimator
 
 
 def grpo(rewards):
-    """(R_i - mean) / std over the group, with the unbiased standard deviation; zeros where all are
-    equal (arXiv 2402.03300, section 4.1).
-    """
+    """(R_i - mean) / std of the group, unbiased; zeros if all are equal (arXiv 2402.03300, section 4.1)."""
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
     return [(r - mean) / std if std > 0 else 0.0 for r in rewards]
 

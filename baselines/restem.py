@@ -36,9 +36,7 @@ def right_responses(episodes, cap, seed):
 
 
 def train_round(s, episodes, policy, device):
-    """One round, as rounds.main wants it: the base model, fine-tuned on the right ones of all
-    ranks' episodes.
-    """
+    """One round (see rounds.main): the base model, fine-tuned on all ranks' right responses."""
     examples = right_responses(episodes, s.cap, s.seed)
     policy = load_sharded(s.base_model or s.model, device)
     if len(examples) < dist.get_world_size():

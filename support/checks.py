@@ -1,6 +1,4 @@
-"""Settings of train.py that do not go together, or not on the ranks at hand: ValueError with one
-line for the user.
-"""
+"""Which settings of train.py go together: ValueError with one line for the user."""
 
 from support.metrics import check_report
 from support.settings import need

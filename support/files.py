@@ -18,9 +18,7 @@ def only_file(folder, split):
 
 
 def read_rows(path):
-    """[(where, row)] of a file of one of the FILE_TYPES; raises ValueError. where names the row in
-    error messages.
-    """
+    """[(where, row)] of a file; where names the row in messages. Raises ValueError."""
     rows = []
     try:
         if path.suffix == ".parquet":

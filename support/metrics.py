@@ -1,6 +1,4 @@
-"""What is measured in an iteration: the time of its phases, the line of metrics.jsonl, where else
-it is reported.
-"""
+"""Metrics of an iteration, the time of its phases, and where else they are reported."""
 
 import importlib
 import statistics
@@ -17,9 +15,7 @@ from support.settings import need
 
 
 class Phases:
-    """Wall-clock seconds and prefix cache counts of the phases of an iteration; says so on screen
-    when one takes long.
-    """
+    """Seconds and prefix cache counts of an iteration's phases; prints a line when one takes long."""
 
     LONG = 120  # seconds
 
@@ -33,10 +29,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name, can_stop=False):
-        """See Watch.phase.
-
-        What ranks wait for each other at the end of one that can stop is not counted.
-        """
+        """See Watch.phase. Waiting for other ranks at the end of a phase is not counted."""
         with self.watch.phase(name, can_stop):
             start, cache = time.perf_counter(), self.engine.prefix_cache_counts()
             notice = threading.Timer(self.LONG, self._say_long, [name])
@@ -102,9 +95,7 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
 
 
 def evaluation_metrics(episodes, sharers):
-    """Accuracy and sampled tokens of an evaluation over all ranks; every rank calls it. sharers:
-    ranks of an engine.
-    """
+    """Accuracy and sampled tokens over all ranks. All ranks call it. sharers: ranks of an engine."""
     rows = over_ranks([(e.reward, len(e.response_ids)) for e in episodes])
     rewards, tokens = zip(*rows)  # those of an engine once from each of its sharers
     return {"accuracy": statistics.mean(rewards), "tokens_evaluate": sum(tokens) // sharers}

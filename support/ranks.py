@@ -1,7 +1,4 @@
-"""The process group: joining it, and what all ranks exchange.
-
-The device is chosen here and nowhere else.
-"""
+"""Joining the process group, choosing the device, and what all ranks exchange."""
 
 import os
 import socket
@@ -14,10 +11,7 @@ import torch.distributed as dist
 
 
 def init_distributed():
-    """Join torchrun's process group, or form a group of one (python train.py).
-
-    Returns this rank's torch.device.
-    """
+    """Join torchrun's process group, or form one of a single rank. Returns this rank's device."""
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

@@ -1,6 +1,4 @@
-"""A run: where it starts or goes on, its iterations and phases, and what it writes behind each of
-them.
-"""
+"""A run: where it starts or goes on, its iterations and phases, and what it writes."""
 
 import json
 from dataclasses import asdict
@@ -22,8 +20,9 @@ GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
 
 
 class Run:
-    """Made before the ranks have joined, from settings alone; raises ValueError for a run folder
-    that is not this run's.
+    """The run in --run_dir, new or to be resumed. Raises ValueError if the folder holds another run.
+
+    Made from settings alone, before the ranks have joined; then lock, join, begin, iterations, end.
     """
 
     def __init__(self, s):
@@ -32,8 +31,7 @@ class Run:
         self._find_start()
 
     def _find_start(self):
-        """Set `done`, `checkpoint` (None: from the beginning) and `changed`, which says what
-        settings are new.
+        """Set done, checkpoint (None: from the beginning), and changed (what settings are new).
 
         A run that was killed before its first checkpoint starts again.
         """
@@ -84,18 +82,16 @@ class Run:
     # --- iterations ---
 
     def evaluation_is_due(self, done):
-        """Whether the policy is to be evaluated after so many iterations.
-
-        A resumed run does not do it twice.
-        """
+        """Whether an evaluation is due after `done` iterations, and has not been made."""
         s, last = self.s, self.lines[-1] if self.lines else {}
         if not s.eval_every or last.get("iteration") == done and "accuracy" in last:
             return False
         return done % s.eval_every == 0 or done == s.iterations
 
     def begin(self, evaluated):
-        """Before the first iteration. evaluated: episodes of an evaluation before training, or of
-        one that a stop cut short.
+        """Before the first iteration.
+
+        evaluated: episodes of the evaluation before training, or of one that a stop had cut short.
         """
         if evaluated is not None and not self.watch.agreed:
             self.accuracy = evaluation_metrics(evaluated, self.engine.sharers)["accuracy"]
@@ -164,9 +160,7 @@ class Run:
         return iteration_metrics(episodes, self.phase.seconds, counts, self.s.epochs, of_steps)
 
     def _check(self, metrics):
-        """Say what is wrong with an update; raises RuntimeError with --strict where engine and
-        trainer disagree.
-        """
+        """Report what is wrong with an update. Raises RuntimeError with --strict."""
         for name in ("skipped_steps", "critic_skipped_steps"):
             if metrics.get(name):
                 why = "a loss or gradient was not finite, or the mean ratio was too large"
@@ -215,10 +209,7 @@ class Run:
         self.trainer.save_pretrained(self.tokenizer, draft)
 
     def save_and_stop(self):
-        """After Stopped: a checkpoint of the last whole iteration.
-
-        Raises the error that stopped the run, if it was one.
-        """
+        """After Stopped: save the last whole iteration; raise the error that stopped the run, if any."""
         if self.progress:
             self.progress.close()
         if self.done > self.saved:

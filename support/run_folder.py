@@ -36,10 +36,7 @@ def write_text(path, text):
 
 
 def write_folder(final, write):
-    """write(draft), which all ranks call, fills a folder beside; then it is renamed.
-
-    All ranks call it, on one file system.
-    """
+    """Fill a folder with write(draft), then rename it. All ranks call it, on one file system."""
     draft = final.with_name(final.name + ".unfinished")
     if dist.get_rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)
@@ -95,9 +92,7 @@ def newest_checkpoint(run):
 
 
 def lock(run):
-    """Keep other processes out of the run folder for as long as the returned file is open; raises
-    ValueError where one is in it.
-    """
+    """Keep other processes out while the returned file is open. Raises ValueError if one is in."""
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / "lock", "w")
     try:
@@ -108,7 +103,7 @@ def lock(run):
 
 
 def read_metrics(run, done):
-    """The lines of metrics.jsonl up to iteration `done`; raises ValueError if one is missing.
+    """The lines of metrics.jsonl up to iteration `done`. Raises ValueError if one is missing.
 
     A kill may have cut the last one short.
     """

@@ -33,9 +33,7 @@ class _Parser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands; behind each meaning the default that holds for the --dataset
-    given.
-    """
+    """Keeps the description's lines; shows the defaults that hold for the --dataset given."""
 
 
 def parse(settings_class, argv, doc, presets, other):

@@ -1,6 +1,4 @@
-"""Symbolic equality by math-verify, in worker processes that the kernel ends when an answer's time
-is up.
-"""
+"""Symbolic equality by math-verify, in processes that the kernel ends when their time is up."""
 
 import json
 import os
@@ -23,9 +21,7 @@ class Workers:
             self._idle.put(_ready(worker))
 
     def ask(self, answer, gold, seconds):
-        """(what a worker says of a pair: "equal", "different", or something else if it died of it;
-        the seconds it took)
-        """
+        """("equal", "different", or something else if the worker died of the pair; seconds)"""
         worker = self._idle.get()
         start = time.perf_counter()
         try:
@@ -41,10 +37,7 @@ class Workers:
         return reply.strip(), took
 
     def close(self):
-        """End them.
-
-        They end by themselves, too, when this process ends in whatever way: their input closes.
-        """
+        """End them. They also end when this process ends, since their input closes."""
         while not self._idle.empty():
             self._idle.get().stdin.close()
 
@@ -66,10 +59,7 @@ def _ready(worker):
 
 
 def _work():
-    """A worker: this process loads math-verify once, then forks a child that answers.
-
-    When the kernel ends a child, it forks another.
-    """
+    """A worker: it loads math-verify once, then forks a child that answers, and a new one if it dies."""
     limits = [
         bound
         for bound in (WORKER_BYTES, *resource.getrlimit(resource.RLIMIT_AS))

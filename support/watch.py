@@ -41,9 +41,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 class Stopped(Exception):
-    """The run is to stop: raised by step() to leave a phase, then by the end of that phase on all
-    ranks together.
-    """
+    """The run is to stop. step() raises it to leave a phase; its end raises it on all ranks."""
 
 
 class Watch:
@@ -234,9 +232,7 @@ class Watch:
         self._end(cause, 1)
 
     def _end_hang(self, ranks, idle):
-        """End the run if a rank shows no progress. idle: seconds of each rank since its last sign
-        of progress.
-        """
+        """End the run if a rank hangs. idle: seconds of each rank since its last sign of progress."""
         if not self.hang_timeout:
             return
         # starting and saving, which are no phases, may take longer
