@@ -27,7 +27,7 @@ class State:
     prompt_ids: list[int]
     prefix_ids: list[int]  # the very ids that were sampled up to here; empty: s_0, the prompt
     answer: str = ""  # gold
-    rest: int = 0  # tokens that its response has behind it: how long rollouts may become
+    rest: int = 0  # tokens of its response behind it: an estimate of the length of rollouts
     home: int = 0  # number of the engine whose response it belongs to
     number: int = 0  # among the distinct states of that engine's responses
     rollouts: list[Completion] = field(default_factory=list)  # [K]

@@ -7,7 +7,7 @@ anything.
 The rules of equality are in support/answers.py. What they leave to symbolic comparison goes to
 math-verify, in a worker process that the kernel ends when its time is up (support/symbolic.py).
 Unlike the paper's reward nothing is approximate: there is no percentage rule and no tolerance of
-1e-3 (paper.md).
+1e-3 (docs/differences.md).
 """
 
 import re

@@ -120,7 +120,7 @@ class Learner:
     episodes in each update.
     """
 
-    MAX_RATIO = 10.0  # a step whose mean ratio exceeds this is skipped (paper.md)
+    MAX_RATIO = 10.0  # a step whose mean ratio exceeds this is skipped, as in the released code
     MAX_SKIPPED = 32  # so many skipped in a row, two of the paper's iterations, end the run
 
     def __init__(

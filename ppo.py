@@ -43,7 +43,7 @@ def ppo_loss(
     its micro-batches add up to the minibatch's; num_tokens None means that these tokens are the
     minibatch. Returns (loss, metrics): metrics are this micro-batch's contributions to the
     minibatch's means, detached scalars that add up likewise. Source: the released code's PPO
-    trainer (paper.md).
+    trainer.
     """
     num_tokens = len(logprobs) if num_tokens is None else num_tokens
     log_ratio = logprobs - old_logprobs

@@ -215,7 +215,7 @@ def token_starts(token_ids, decode):
 def token_boundaries(steps, starts):
     """Character boundaries of steps -> token boundaries, strictly increasing from 0 to len(starts).
 
-    A token belongs to the step that holds its first character (paper.md's rule: the ids that were
+    A token belongs to the step that holds its first character (the paper's rule: the ids that were
     sampled are the ids that are trained on, a boundary inside a token never splits it). EOS and
     whatever follows the text belong to the last step. Steps without a token of their own vanish.
     """

@@ -57,9 +57,7 @@ class Settings:
         "vineppo", "where advantages come from", choices=["vineppo", "ppo", "grpo", "rloo"]
     )
     run_dir: str | None = setting(None, "folder of the run; None: runs/DATASET", may_change=True)
-    resume: bool = setting(
-        False, "refuse to start anew; a run goes on from its checkpoint anyway", may_change=True
-    )
+    resume: bool = setting(False, "fail without a checkpoint; resuming is automatic", may_change=True)
     iterations: int = setting(1000, "rounds of sampling and update", min=1)
     seed: int = setting(0, "of the problems, the sampling and the minibatches")
     # problems and prompts

@@ -7,7 +7,7 @@ A simulation, since the real thing takes 8 GPUs. Each rank draws its share of 64
 responses to each, as long as the solution in the dataset times a log-normal factor (mean 1, sigma
 0.35). From each state it gets 9 rollouts, as long as what the response has behind the state times
 another such factor; the prompt is a state once for its 8 responses. An engine adds a token to each
-of its sequences in a step, which takes as long as the README's estimate says. The seconds are as
+of its sequences in a step, which takes as long as the estimate in docs/speed.md says. The seconds are as
 good as these assumptions. Left out are prefill (also that of a state whose prefix another rank has
 in its cache) and that a rollout may only use what its prefix leaves of the limit.
 """
