@@ -11,7 +11,7 @@ from steps import step_boundaries, token_starts
 
 @dataclass(eq=False)
 class Completion:
-    """What the engine sampled behind a prompt and prefix: a response, or a rollout of a state."""
+    """What the engine sampled after a prompt and prefix: a response, or a rollout from a state."""
 
     token_ids: list[int]  # as sampled, with EOS and the tokens of a stop string, which are actions too
     text: str  # of prefix and token_ids together, cut off before a stop string
@@ -27,7 +27,7 @@ class State:
     prompt_ids: list[int]
     prefix_ids: list[int]  # the very ids that were sampled up to here; empty: s_0, the prompt
     answer: str = ""  # gold
-    rest: int = 0  # tokens of its response behind it: an estimate of the length of rollouts
+    rest: int = 0  # tokens of its response after it: an estimate of the length of rollouts
     home: int = 0  # number of the engine whose response it belongs to
     number: int = 0  # among the distinct states of that engine's responses
     rollouts: list[Completion] = field(default_factory=list)  # [K]
@@ -44,30 +44,30 @@ class State:
 
 @dataclass(eq=False)
 class Episode:
-    """One response to one problem, from its prompt to its advantages. T: its tokens; S: its steps."""
+    """One response to one problem, from its prompt to its advantages. N: its tokens; T: its steps."""
 
     prompt_ids: list[int]
     prompt: str = ""
     answer: str = ""  # gold
     # sampled: rollout.py
-    response_ids: list[int] = field(default_factory=list)  # [T], EOS included where it was sampled
+    response_ids: list[int] = field(default_factory=list)  # [N], EOS included where it was sampled
     text: str = ""  # cut off before a stop string
     finished: bool = False  # ended by EOS or a stop string, not by the token limit
-    engine_logprobs: list[float] | None = None  # [T], at temperature 1 and before top-p
+    engine_logprobs: list[float] | None = None  # [N], at temperature 1 and before top-p
     reward: float = 0.0  # R: 1.0 if it is finished and its answer is right
     # steps and their values: vine.py
-    boundaries: list[int] = field(default_factory=list)  # [S + 1], where each step begins; and T
-    states: list[State | None] = field(default_factory=list)  # [S], before each step; None: not valued
-    step_values: list[float | None] = field(default_factory=list)  # [S], V(s_t)
+    boundaries: list[int] = field(default_factory=list)  # [T + 1], where each step begins; and N
+    states: list[State | None] = field(default_factory=list)  # [T], before each step; None: not valued
+    step_values: list[float | None] = field(default_factory=list)  # [T], V(s_t)
     # a critic's: baselines/critic.py
-    token_values: list[float] = field(default_factory=list)  # [T], predicted before each token
-    returns: list[float] = field(default_factory=list)  # [T], what they are fitted to
+    token_values: list[float] = field(default_factory=list)  # [N], predicted before each token
+    returns: list[float] = field(default_factory=list)  # [N], what they are fitted to
     # what the loss uses: ppo.py
-    advantages: list[float] = field(default_factory=list)  # [T], not yet whitened
+    advantages: list[float] = field(default_factory=list)  # [N], not yet whitened
 
     @property
     def prefix_ids(self):
-        """Its response begins right behind the prompt."""
+        """Its response begins right after the prompt."""
         return []
 
     @property
@@ -112,11 +112,14 @@ class Episode:
 class Estimator:
     """Where advantages come from. Algorithms differ in nothing else. set_advantages is required.
 
-    The methods stand in the order in which train.py calls them. start and finish run where a rank
-    may be stopped, or may fail, alone: they must not talk to other ranks. The others may.
+    train.py calls the methods in the order in which they are written. A rank may be stopped, or
+    fail, alone inside start and finish: they must not talk to other ranks. All ranks call the
+    others, which may.
     """
 
     networks = ()  # sharded models of its own, which train beside the policy
+    whiten = True  # the trainer whitens the advantages over all action tokens of the iteration
+    values_steps = False  # it sets `states`, and so the metrics about states and rollouts exist
 
     def start(self, episode):
         """A response has ended, while others are still being written: begin what can be begun."""
@@ -136,7 +139,7 @@ class Estimator:
         return {}
 
     def save(self, folder):
-        """Write what a resumed run needs of it."""
+        """Write what a resumed run needs of it into a checkpoint's folder, which need not exist yet."""
 
     def load(self, folder):
-        """Read what save wrote."""
+        """Read what save wrote, before the first iteration of a resumed run."""

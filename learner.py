@@ -16,7 +16,7 @@ from support.ranks import sum_over_ranks
 
 @dataclass
 class MicroBatch:
-    """Some episodes of a rank, one behind the other in a row of L tokens. N of them are action tokens."""
+    """Some episodes of a rank, one after the other in a row of L tokens. N of them are action tokens."""
 
     input_ids: torch.Tensor  # [1, L]
     position_ids: torch.Tensor  # [1, L], which begin at 0 in each episode
@@ -24,7 +24,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # [episodes + 1], int32: where each begins, and L
     positions: torch.Tensor  # [N], where in the row each action token is predicted
     targets: torch.Tensor  # [N], the ids of the action tokens
-    tokens: torch.Tensor  # [N], where each stands among all action tokens of the rank's episodes
+    tokens: torch.Tensor  # [N], the index of each among all action tokens of the rank's episodes
 
     def inputs(self):
         """What the network and packed_attention get."""
@@ -33,22 +33,26 @@ class MicroBatch:
 
 
 def per_token(episodes, name, device):
-    """A per-token field of the episodes, over all their action tokens: [N]. Unset: zeros."""
-    numbers = [x for e in episodes for x in getattr(e, name) or [0.0] * len(e.response_ids)]
+    """A per-token field of the episodes, over all their action tokens: [N]. ValueError if it is not set."""
+    numbers = []
+    for e in episodes:
+        numbers += (field := getattr(e, name) or [])
+        if len(field) != len(e.response_ids):
+            raise ValueError(f"{name} has {len(field)} numbers for {len(e.response_ids)} tokens")
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-def micro_batch(episodes, rows, device, actions=True):
+def micro_batch(episodes, rows, device, empty=False):
     """The MicroBatch of the episodes `rows`.
 
-    actions=False: a forward and backward pass without action tokens (N = 0), for a rank that has fewer micro-batches
-    than the others: FSDP needs as many passes on all of them.
+    empty: without action tokens (N = 0), for a rank that has fewer micro-batches than the others:
+    FSDP needs the same number of forward and backward passes on all of them.
     """
     begins = [0, *accumulate(len(e.response_ids) for e in episodes)]
     ids, position_ids, positions, tokens, lengths = [], [], [], [], []
     for i in rows:
         e = episodes[i]
-        if actions:
+        if not empty:
             first = len(ids) + len(e.prompt_ids) - 1  # where the first action token is predicted
             positions += range(first, first + len(e.response_ids))
             tokens += range(begins[i], begins[i + 1])
@@ -63,8 +67,8 @@ def micro_batch(episodes, rows, device, actions=True):
 
 
 def micro_batches(episodes, rows, max_tokens, device):
-    """The episodes `rows` as MicroBatches of at most max_tokens tokens, or of one episode; as many
-    on every rank.
+    """The episodes `rows` as MicroBatches of at most max_tokens tokens, or of one longer episode; the
+    same number on every rank.
 
     They are filled evenly: from the longest episode to the shortest, each goes where the fewest
     tokens are.
@@ -74,7 +78,7 @@ def micro_batches(episodes, rows, max_tokens, device):
     count = torch.tensor(fewest_parts(lengths, max_tokens), device=device)
     dist.all_reduce(count, dist.ReduceOp.MAX)
     parts = [[rows[k] for k in part] for part in fill_evenly(lengths, count.item())]
-    return [micro_batch(episodes, part or rows[-1:], device, actions=bool(part)) for part in parts]
+    return [micro_batch(episodes, part or rows[-1:], device, empty=not part) for part in parts]
 
 
 def fill_evenly(lengths, count):
@@ -121,7 +125,7 @@ class Learner:
     """
 
     MAX_RATIO = 10.0  # a step whose mean ratio exceeds this is skipped, as in the released code
-    MAX_SKIPPED = 32  # so many skipped in a row, two of the paper's iterations, end the run
+    MAX_SKIPPED = 32  # this many skipped in a row, two of the paper's iterations, end the run
 
     def __init__(
         self, model, device, *, total_steps, learning_rate=1e-6, minibatch=64, micro_batch_tokens=8192, epochs=2,
@@ -141,11 +145,11 @@ class Learner:
         return micro_batches(episodes, rows, self.micro_batch_tokens, self.device)
 
     def fit(self, episodes, loss_of):
-        """Epochs of optimizer steps on this rank's episodes; every rank brings as many.
+        """Epochs of optimizer steps on this rank's episodes; every rank brings the same number.
 
-        loss_of(m, num_responses, num_tokens): (the MicroBatch's part of the minibatch's loss,
-        metrics that add up likewise). Returns the means over the optimizer steps, without skipped
-        ones unless all are, and skipped_steps.
+        loss_of(m, num_responses, num_tokens) returns (the MicroBatch's part of the minibatch's loss,
+        a scalar; metrics {name: scalar} that add up likewise). Returns the means over the optimizer
+        steps, without skipped ones unless all are, and skipped_steps.
         """
         steps = []
         for rows in minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):

@@ -69,12 +69,12 @@ LOGITS = 2**26  # at a time; 256 MiB in float32
 
 
 def in_chunks(vocabulary, *tensors):
-    """The tensors [N, ..] in pieces of as many tokens as have no more than LOGITS logits."""
+    """The tensors [N, ..] in pieces whose tokens have no more than LOGITS logits together."""
     return zip(*(x.split(max(1, LOGITS // vocabulary)) for x in tensors))
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """logprobs_from_logits behind a linear head, [N], without its [N, V] logits.
+    """logprobs_from_logits after a linear head, [N], without its [N, V] logits.
 
     Those of one chunk exist at a time, and backward computes them again. hidden [N, D], weight [V,
     D], bias [V] or None, targets [N] of ids. With x = logits / temperature:
@@ -124,8 +124,8 @@ def packed_attention(
     sliding_window=None,
     **other,
 ):
-    """Causal attention inside each of several sequences that stand one behind the other: [1, H, T,
-    D] -> ([1, T, H, D], None).
+    """Causal attention inside each of several sequences that follow one another in a row of L tokens:
+    [1, H, L, D] -> ([1, L, H, D], None).
 
     torch's variable-length flash kernel for bf16 on GPUs, else SDPA, one sequence after the other.
     transformers calls it for attn_implementation="packed"; lengths (a list of ints) and cu_seqlens
@@ -136,7 +136,7 @@ def packed_attention(
             f"{type(module).__name__} needs attention with {unknown[0]}, which is not built here"
         )
     if query.is_cuda and query.dtype != torch.float32:
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [T, H, D]
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [L, H, D]
         window = (sliding_window - 1 if sliding_window else -1, 0)  # causal
         options = dict(scale=scaling, window_size=window, enable_gqa=True)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(lengths), max(lengths), **options)[None], None
@@ -208,7 +208,7 @@ def load_sharded(
     model = wrapper(network)
     layers = [m for m in network.modules() if type(m).__name__ in network._no_split_modules]
     for module in (*layers, model):
-        # a layer becomes fp32 just before it is sharded: a bf16 checkpoint never stands whole in fp32 on a rank
+        # a layer becomes fp32 just before it is sharded: no rank ever holds the whole model in fp32
         fully_shard(module.float() if trainable else module, **sharding)
     return model
 

@@ -14,8 +14,9 @@ from support.ranks import sum_over_ranks
 def whiten(advantages):
     """Advantages [N] of the action tokens with mean 0 and unbiased variance 1 over all ranks.
 
-    The released code whitens each micro-batch by itself; called once on an iteration's episodes,
-    the result does not depend on how they are batched. Advantages that are all equal become 0.
+    The released code whitens each micro-batch; here all of an iteration's episodes are whitened at
+    once, so the result does not depend on how they are batched. Advantages that are all equal become
+    0.
     """
     values = advantages.to(torch.float64)
     sums = torch.stack([values.new_tensor(len(values)), values.sum()])
@@ -57,8 +58,8 @@ def ppo_loss(
             "kl_loss": kl_coef * kl.detach(),
             "ratio": ratio.sum() / num_tokens,
             "clip_fraction": (clipped > unclipped).sum() / num_tokens,
-            "approx_kl": (ratio - 1 - log_ratio).sum()
-            / num_tokens,  # of pi against pi_old, in nats per token
+            # of pi against pi_old, in nats per token
+            "approx_kl": (ratio - 1 - log_ratio).sum() / num_tokens,
         }
     return policy_loss + kl_coef * kl, metrics
 
@@ -67,7 +68,7 @@ class Trainer:
     """Policy, optimizer and reference policy, sharded over the ranks.
 
     path: Hugging Face folder or hub name that both policies start from. temperature: of the
-    sampling. whiten_advantages: GRPO and RLOO bring advantages that are scaled already. loading:
+    sampling. whiten_advantages: see Estimator.whiten. loading:
     see model.load_sharded; learning: see Learner.
     """
 
@@ -94,11 +95,10 @@ class Trainer:
     def update(self, episodes):
         """Train on one iteration's episodes of this rank.
 
-        Every rank brings as many, a multiple of its minibatch.
-
-        Returns metrics over all ranks: means over the optimizer steps of what ppo_loss and Learner
-        report, those of the episodes before the update (see score), skipped_steps of this update,
-        gradient_steps of all so far.
+        Every rank brings the same number, a multiple of its minibatch. Returns metrics over all
+        ranks: means over the optimizer steps of what ppo_loss and Learner report, those of the
+        episodes before the update (see score), skipped_steps of this update, gradient_steps of all
+        so far.
         """
         advantages = per_token(episodes, "advantages", self.device)  # [N]
         if self.whiten_advantages:
@@ -120,7 +120,7 @@ class Trainer:
         Before the first step of all the two policies are one, and the reference makes no pass.
         Metrics: entropy, in nats per token; kl to the reference, in nats per response; logprob_gap,
         the mean difference of the engine's and the trainer's log-probabilities at temperature 1 and
-        before top-p, which both sides define alike.
+        before top-p, which is how the engine reports them.
         """
         engine_logprobs = per_token(episodes, "engine_logprobs", self.device)
         old, ref = torch.zeros(2, len(engine_logprobs), device=self.device)  # [N] each

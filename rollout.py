@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from episode import Completion, Episode, State
+from episode import Completion, Episode
 from grader import set_rewards, start_grading
 
 
@@ -69,9 +69,9 @@ class Engine:
 
     model: Hugging Face folder or hub name. max_sequence: tokens of the longest prompt and response
     together. stop: strings that end a response. gpu_memory: share of a GPU for weights and KV
-    cache. max_sequences: how many may run at a time; None: vLLM's default. tensor_parallel: so many
-    consecutive ranks share one model; they must submit the same requests in the same order, and get
-    the same completions. on_step is called before each step; it may raise, to give up what is
+    cache. max_sequences: how many may run at a time; None: vLLM's default. tensor_parallel: this
+    many consecutive ranks share one model; they must submit the same requests in the same order,
+    and get the same completions. on_step is called before each step; it may raise, to give up what is
     running.
     """
 
@@ -81,10 +81,10 @@ class Engine:
     ):  # fmt: skip
         self.on_gpu, self.stop, self.on_step = torch.cuda.is_available(), list(stop), on_step
         self.asleep = False
-        self.sharers = tensor_parallel  # ranks that share this engine's model
+        self.tensor_parallel = tensor_parallel
         self.engines = dist.get_world_size() // tensor_parallel
         self.number = dist.get_rank() // tensor_parallel  # of this engine among all
-        self.leads = dist.get_rank() % tensor_parallel == 0  # the sharer that speaks for the engine
+        self.leads = dist.get_rank() % tensor_parallel == 0  # the rank that speaks for the engine
         self.waiting = deque()  # (record, SamplingParams) for which vLLM has no room yet
         self.running = {}  # request id -> (record, SamplingParams)
         self.submitted, self.steps = 0, 0
@@ -118,8 +118,8 @@ class Engine:
 
     def my_share(self, episodes):
         """This rank's share of its engine's episodes, to train on."""
-        size = len(episodes) // self.sharers
-        return episodes[dist.get_rank() % self.sharers * size :][:size]
+        size = len(episodes) // self.tensor_parallel
+        return episodes[dist.get_rank() % self.tensor_parallel * size :][:size]
 
     # --- requests ---
 
@@ -201,17 +201,6 @@ class Engine:
         finished = output.finish_reason == "stop" or bool(stops)
         return Completion(ids, text[: min(stops, default=len(text))], finished, logprobs)
 
-    def generate(self, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        """n completions of each prompt, a list of token ids. max_tokens: one limit, or one per prompt."""
-        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
-        records = [State(prompt, []) for prompt in prompts]
-        for record, limit in zip(records, limits):
-            self.submit(record, n, limit, temperature, top_p, logprobs)
-        while self.running:
-            for record, completions in self.step():
-                record.take(completions)
-        return [record.rollouts for record in records]
-
     def decode(self, token_ids):
         """The text of token ids, without special tokens and exactly as the tokens spell it."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -252,10 +241,8 @@ class Engine:
 
 
 def shut_down(engine, grader, watch):
-    """End what a program started, on all ranks together."""
+    """End what a program started; all ranks call it, before ranks.leave."""
     watch.close()
     grader.close()
     dist.barrier()
     engine.shutdown()
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -29,7 +29,7 @@ from episode import Episode
 from learner import learning_rate, micro_batch
 from model import compute_dtype, load_sharded, save_pretrained
 from support.arithmetic import tiny_model
-from support.ranks import from_rank_0, init_distributed, refuse
+from support.ranks import from_rank_0, init_distributed, leave, refuse
 from support.settings import parse, setting
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
@@ -152,7 +152,7 @@ def main():
     save_pretrained(policy, tokenizer, s.out, compute_dtype(device))
     if first:
         print(f"wrote {s.out}")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

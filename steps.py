@@ -32,10 +32,8 @@ def step_boundaries(rule, text, token_ids, decode):
     if rule == "paper":
         cuts = split_steps(text)
     else:
-        places = {m.start() for m in (LINE if rule == "newline" else SENTENCE).finditer(text)} - {
-            0,
-            len(text),
-        }
+        pattern = LINE if rule == "newline" else SENTENCE
+        places = {m.start() for m in pattern.finditer(text)} - {0, len(text)}
         cuts = [0, *sorted(places), *([len(text)] if text else [])]
     return token_boundaries(cuts, token_starts(token_ids, decode))
 
@@ -60,7 +58,7 @@ OPENING_LINE = re.compile(
     rf"(\s|\$\$|\\\[|\[asy\]|\\begin{ENVIRONMENT}(\{{[^{{}}\n]{{0,20}}\}})?|\\left[\[({{.])+"
 )
 CLOSING_LINE = re.compile(rf"(\s|\$\$|\\\]|\[/asy\]|\\end{ENVIRONMENT}|\\right[\])}}.]|[.,;])+")
-# a long piece is cut behind these in text, else behind those in formulas
+# a long piece is cut after these in text, else after those in formulas
 PAUSES = [re.compile(p) for p in (r",(?=\s)", r"\sand(?=\s)", r":(?=\s)", r"\sto(?=\s)")]
 RELATIONS = [re.compile(p) for p in (r",(?:\$\$?|\\[)\]])", r"(?<![\\<>=!])=", r"\\equiv(?![a-zA-Z])")]
 
@@ -74,13 +72,13 @@ def split_steps(text):
     GSM8K rule). Any other response is read as a LaTeX solution (its MATH rule): a step ends at a
     newline, and at a full stop before white space and a capital letter, but not inside a formula;
     the white space begins the next step. The lines of a display, and of a figure's code ([asy]),
-    are steps. Fragments join a neighbour; pieces longer than LONG are cut near the middle, behind a
-    comma, "and", a colon or "to", or else inside a formula behind a comma, = or \\equiv.
+    are steps. Fragments join a neighbour; pieces longer than LONG are cut near the middle, after a
+    comma, "and", a colon or "to", or else inside a formula after a comma, = or \\equiv.
 
     Where this differs from the released heuristic (math_extract_steps_inplace.py): a line that only
     closes an environment and a line of fewer than SHORT_LINE characters are no steps, a full stop
     ends a step also where \\end{..} follows it in its formula, text after a figure begins a step,
-    no formula is cut behind a plus sign, and a delimiter without its partner is plain text. On
+    no formula is cut after a plus sign, and a delimiter without its partner is plain text. On
     1,000 solutions of MATH nine of ten boundaries agree (F1 0.91). Time is linear in len(text).
     """
     first, end = len(text) - len(text.lstrip()), len(text.rstrip())
@@ -115,7 +113,7 @@ def _formulas(text):
 
     A delimiter without a partner is text; `$` finds its partner in its own paragraph.
     """
-    waiting, found = {}, []  # waiting: opener -> where openers stand that have no partner yet
+    waiting, found = {}, []  # waiting: opener -> positions of those without a partner so far
     for m in DELIMITER.finditer(text):
         mark = m.group()
         if mark.isspace():
@@ -125,9 +123,8 @@ def _formulas(text):
         if mark == "$" and waiting.get("$"):
             start, stop = waiting["$"][0], m.start()
             if text.find("\n", start, stop) >= 0 and SENTENCE_END.search(text, start, stop):
-                waiting[
-                    "$"
-                ] = []  # "It costs $5 now. Then it rises.\nIt was $4": amounts of money, no formula
+                # "It costs $5 now. Then it rises.\nIt was $4": amounts of money, no formula
+                waiting["$"] = []
         if opener and waiting.get(opener):
             found.append((waiting[opener].pop(), m.end(), opener))
         elif m[1] or mark in PARTNER.values():
@@ -142,14 +139,13 @@ def _formulas(text):
 
 
 def _display_lines(text, start, stop):
-    """Where lines of text[start:stop], a display, begin; one that only opens or closes it is none."""
+    """Where lines of text[start:stop], a display, begin; but for those that only open or close it."""
     near = max(0, start - SHORT)
     line_start = text.rfind("\n", near, start) + 1 or near  # of the line in which the display opens
     lines = [line_start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
     for previous, line, following in zip(lines, lines[1:], lines[2:]):
-        if not OPENING_LINE.fullmatch(text, previous, line) and not CLOSING_LINE.fullmatch(
-            text, line, following
-        ):
+        opens = OPENING_LINE.fullmatch(text, previous, line)
+        if not opens and not CLOSING_LINE.fullmatch(text, line, following):
             yield line
 
 
@@ -198,7 +194,7 @@ def token_starts(token_ids, decode):
     decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character
     whose bytes are spread over several tokens begins with the first of them. The ids are decoded in
     windows of a few tokens, since a byte-level or SentencePiece decoder gives other characters for
-    a token alone than for the same token behind another.
+    a token alone than for the same token after another.
     """
     starts, position, window, read = [], 0, 0, 0
     for i in range(len(token_ids)):

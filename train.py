@@ -2,9 +2,10 @@
 
     python train.py --dataset arithmetic --model runs/sft      # one process, GPU or CPU; see `make demo`
     torchrun --nproc_per_node=2 train.py --dataset arithmetic --model runs/sft
-    torchrun --nproc_per_node=8 train.py --dataset math        # the paper's Rho-1B run; DeepSeekMath-7B's
-        adds --model realtreetune/deepseekmath-7b-sft-MATH-v2 --max_sequence 2499
-    torchrun --nproc_per_node=8 train.py --dataset math --algorithm ppo        # or grpo, rloo
+    torchrun --nproc_per_node=8 train.py --dataset math        # the paper's Rho-1B run
+    torchrun --nproc_per_node=8 train.py --dataset math --run_dir runs/math-7b \
+        --model realtreetune/deepseekmath-7b-sft-MATH-v2 --max_sequence 2499       # DeepSeekMath-7B's
+    torchrun --nproc_per_node=8 train.py --dataset math --run_dir runs/ppo --algorithm ppo  # or grpo, rloo
     python train.py --dataset gsm8k --model MODEL --eval_only                  # accuracy alone
 
 Read `train` below first: Algorithm 1 of the paper. Then episode.py (the records), rollout.py
@@ -33,7 +34,7 @@ from ppo import Trainer
 from steps import check_rule
 from support.checks import check, check_given
 from support.metrics import evaluation_metrics
-from support.ranks import init_distributed, refuse
+from support.ranks import init_distributed, leave, refuse
 from support.run import Run
 from support.settings import parse, setting
 from support.watch import Stopped, Watch
@@ -66,7 +67,9 @@ class Settings:
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
     step_credit: str = setting("paper", "vineppo: a step: paper, newline, sentence, tokens:N")
-    max_valued_steps: int | None = setting(None, "vineppo: states from here on get no rollouts", min=1)
+    max_valued_steps: int | None = setting(
+        None, "vineppo: only the first N states of a response are valued", min=1
+    )
     gae_lambda: float = setting(1.0, "ppo: lambda of GAE", min=0, max=1)
     gamma: float = setting(1.0, "ppo: discount per token", min=0, max=1)
     critic_learning_rate: float | None = setting(
@@ -80,7 +83,7 @@ class Settings:
     )
     top_p: float = setting(0.9, "nucleus of responses and rollouts", above=0, max=1)
     max_tokens: int = setting(
-        1024, "token limit of a response; a rollout has what its state leaves of it", min=1
+        1024, "token limit of a response, and of the prefix and rollout of a state together", min=1
     )
     max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
     stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
@@ -98,7 +101,7 @@ class Settings:
     eval_only: bool = setting(False, "evaluate --model and exit", may_change=True)
     eval_every: int = setting(25, "iterations between evaluations, or 0", min=0, may_change=True)
     eval_problems: int | None = setting(
-        None, "the first so many test problems; None: all", min=1, may_change=True
+        None, "evaluate on the first N test problems; None: all", min=1, may_change=True
     )
     eval_samples: int = setting(
         16, "responses per test problem; accuracy is their mean", min=1, may_change=True
@@ -165,29 +168,35 @@ def make_engine(s, watch):
     )  # fmt: skip
 
 
-def make_learners(s, engine, grader, device):
-    """(the policy's trainer, the estimator). A new algorithm: an Estimator, and its line here."""
-    minibatches = s.prompts_per_iteration * s.responses_per_prompt // s.minibatch
-    loading = dict(bfloat16=s.bfloat16, hybrid=s.hybrid_sharding, trust_remote_code=s.trust_remote_code)
-    learning = dict(
-        total_steps=s.iterations * s.epochs * minibatches, minibatch=s.minibatch, epochs=s.epochs,
-        micro_batch_tokens=s.micro_batch_tokens, max_grad_norm=s.max_grad_norm, seed=s.seed,
-        loading=loading,
+def make_trainer(s, device, whiten):
+    return Trainer(
+        s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef,
+        temperature=s.temperature, whiten_advantages=whiten, **learning(s),
     )  # fmt: skip
-    trainer = Trainer(
-        s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef, **learning,
-        temperature=s.temperature, whiten_advantages=s.algorithm in ("vineppo", "ppo"),
-    )  # fmt: skip
+
+
+def make_estimator(s, engine, grader, device):
+    """Where the advantages come from. A new algorithm: an Estimator, and its lines here."""
     if s.algorithm == "vineppo":
-        return trainer, Vine(engine, grader, s)
+        return Vine(engine, grader, s)
     from baselines import critic, groups  # the one import that points outwards
 
     if s.algorithm == "ppo":
         rate = s.critic_learning_rate or s.learning_rate
         options = dict(learning_rate=rate, gamma=s.gamma, gae_lambda=s.gae_lambda)
-        return trainer, critic.Critic(s.model, device, **options, **learning)
-    formula = {"grpo": groups.grpo, "rloo": groups.rloo}[s.algorithm]
-    return trainer, groups.Group(formula, s.responses_per_prompt)
+        return critic.Critic(s.model, device, **options, **learning(s))
+    return groups.Group({"grpo": groups.grpo, "rloo": groups.rloo}[s.algorithm], s.responses_per_prompt)
+
+
+def learning(s):
+    """What the policy and a critic have in common; see Learner and load_sharded."""
+    minibatches = s.prompts_per_iteration * s.responses_per_prompt // s.minibatch
+    loading = dict(bfloat16=s.bfloat16, hybrid=s.hybrid_sharding, trust_remote_code=s.trust_remote_code)
+    return dict(
+        total_steps=s.iterations * s.epochs * minibatches, minibatch=s.minibatch, epochs=s.epochs,
+        micro_batch_tokens=s.micro_batch_tokens, max_grad_norm=s.max_grad_norm, seed=s.seed,
+        loading=loading,
+    )  # fmt: skip
 
 
 def train(s, run, tokenizer, problems, test_problems, device, watch):
@@ -196,7 +205,8 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
     from rollout import episodes_for, sample, shut_down
 
     engine.sleep()
-    trainer, estimator = make_learners(s, engine, grader, device)
+    estimator = make_estimator(s, engine, grader, device)
+    trainer = make_trainer(s, device, whiten=estimator.whiten)
     watch.follow(trainer.policy, trainer.reference, *estimator.networks)
     run.join(watch, engine, grader, trainer, estimator, tokenizer)
     engine.load_weights(watch.each(trainer.weights()))
@@ -212,7 +222,7 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
             # 1. Responses. Rollouts from the states of a response begin as soon as it ends.
             with run.phase("sample", can_stop=True):
                 sample(engine, grader, episodes, s, on_response=estimator.start)
-            # 2. V(s_t): the mean reward of K rollouts. States that still wait go to engines with less to do.
+            # 2. V(s_t): the mean reward of K rollouts. Waiting states move to engines with less to do.
             with run.phase("values"):
                 estimator.deal()
             with run.phase("values", can_stop=True):
@@ -238,9 +248,9 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
 
 
 def evaluate_if_due(done, run, engine, grader, problems, s):
-    """Episodes of the evaluation after `done` iterations; None if none is due.
+    """Episodes of the evaluation after `done` iterations; None if none is due, or if the run is to stop.
 
-    A stop in it is raised by run.begin or run.finished, once what was done before is written.
+    run.begin or run.finished then raise Stopped, once what was done before is written.
     """
     if not run.evaluation_is_due(done):
         return None
@@ -259,7 +269,7 @@ def evaluate_only(s, problems, watch):
     engine.seed(s.seed)
     with watch.phase("evaluate"):
         episodes = evaluate(engine, grader, problems, s)
-    accuracy = evaluation_metrics(episodes, engine.sharers)["accuracy"]
+    accuracy = evaluation_metrics(episodes, engine.tensor_parallel)["accuracy"]
     if watch.rank == 0:
         n, how = len(problems), f"temperature {s.eval_temperature}, top_p {s.eval_top_p}"
         print(f"accuracy {accuracy:.4f} ({n} problems, {n * s.eval_samples} responses, {how})")
@@ -273,7 +283,7 @@ def main():
         s = parse_settings(sys.argv[1:])
         check(s, int(os.environ.get("WORLD_SIZE", 1)))
         run = None if s.eval_only else Run(s)
-        if run and run.is_finished():
+        if run and run.has_ended():
             done = f"{run.folder} is finished: its model is {run.folder / 'model'}"
             return print(f"{done}; name another --run_dir for a new run") if first else None
         splits = data.load(s.dataset, s.prompt_template, s.chat)
@@ -288,7 +298,7 @@ def main():
     with Watch(s.hang_timeout, s.tensor_parallel_size) as watch:
         parts = run, tokenizer, problems, test_problems, device
         code = train(s, *parts, watch) if run else evaluate_only(s, test_problems, watch)
-    sys.exit(code)
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ gradient flows through them.
 
     V(s_t) = 1/K sum_k R(tau_k)
     A_t    = r_t + V(s_{t+1}) - V(s_t)      r_t = 0, but R, the response's reward, for the last step;
-                                            V(s_T) = 0 behind it
+                                            V(s_T) = 0 after it
 
 Every token of step t gets A_t.
 """
@@ -23,11 +23,10 @@ def monte_carlo_value(rewards):
 
 
 def step_advantages(values, reward):
-    """A_t of each step, from values[t] = V(s_t), t = 0..T-1, and the response's reward (no discount).
+    """A_t of each of the T steps of a response, from values [T], V(s_t), and its reward R (no discount).
 
-    A value of None (a state beyond the cap) is filled in from the end with the reward still to
-    come, so the advantages of those steps are 0 and the last valued state's step carries the
-    difference. The sum is R - V(s_0).
+    A value of None (a state beyond --max_valued_steps) is taken to be R: the steps after such states
+    get 0, and the step after the last valued state gets R - V. The sum is R - V(s_0).
     """
     filled = [reward if v is None else v for v in values]
     # A_t = V(s_{t+1}) - V(s_t); for the last step R + V(s_T) = R + 0 takes the place of V(s_{t+1})
@@ -35,7 +34,7 @@ def step_advantages(values, reward):
 
 
 def token_advantages(boundaries, advantages):
-    """One advantage per token: each token of step t gets A_t."""
+    """One advantage per token [N], from those of the steps [T]: each token of step t gets A_t."""
     steps = zip(boundaries, boundaries[1:], advantages)
     return [a for start, stop, a in steps for _ in range(start, stop)]
 
@@ -46,8 +45,11 @@ class Vine(Estimator):
     Rollouts from the states of a response begin as soon as that response ends. A state is sent to
     the engine as the very token ids that were sampled up to it. Equal states are valued once.
     States for which the engine has no room wait; once all ranks have their responses, they are
-    dealt to engines with less to do.
+    dealt to engines with less to do. s: settings with K, step_credit, max_valued_steps, max_tokens,
+    temperature and top_p.
     """
+
+    values_steps = True
 
     def __init__(self, engine, grader, s):
         self.engine, self.grader, self.s = engine, grader, s
@@ -69,17 +71,19 @@ class Vine(Estimator):
         self.engine.submit(state, s.K, limit, s.temperature, s.top_p)
 
     def deal(self):
-        """Deal the states that wait so that all engines have equally much to do. All ranks call it.
+        """Deal the waiting states so that all engines have the same amount left to sample.
 
-        The rollouts from a state are taken to be as long as what its own response has behind it.
+        The rollouts from a state are expected to be as long as the rest of its own response.
         """
+        # all responses have ended: what still runs are rollouts
         under_way = sum(state.rest for state, _ in self.engine.running.values())
         waiting = self.engine.take_waiting()
+        # one entry for each engine, from the rank that leads it
         engines = over_ranks([(under_way, waiting)] if self.engine.leads else [])
-        own = list(self.known.values())
+        own = list(self.known.values())  # own[i].number == i
         for state in even_out(*zip(*engines))[self.engine.number]:
             if state.home == self.engine.number:
-                state = own[state.number]
+                state = own[state.number]  # the record itself: over_ranks returns copies
             else:
                 self.guests.append(state)
             self._submit(state)
@@ -93,6 +97,7 @@ class Vine(Estimator):
     def set_advantages(self, episodes):
         """Set the values of the states, and from them the advantages of this rank's episodes."""
         own = list(self.known.values())
+        # the rollouts that other engines sampled for this one come home
         for guest in over_ranks(self.guests if self.engine.leads else []):
             if guest.home == self.engine.number:
                 own[guest.number].rollouts = guest.rollouts
@@ -125,10 +130,11 @@ def states_of(episode, known, max_steps=None, home=0):
 
 
 def even_out(loads, queues):
-    """Move states from engines that have too much to do to those that have too little: the new queues.
+    """Move states from engines that have too much to do to those that have too little.
 
-    loads: what each engine has begun already, in the unit of State.rest; queues: a list of states
-    for each engine. Neighbours in a queue, which share a prefix, mostly stay together.
+    loads [engines]: tokens that each has begun already, as State.rest counts them; queues [engines]:
+    lists of states. Returns the new queues. Neighbours in a queue, which share a prefix, mostly stay
+    together.
     """
     queues, moved = [list(queue) for queue in queues], []
     loads = [load + sum(state.rest for state in queue) for load, queue in zip(loads, queues)]

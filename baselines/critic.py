@@ -6,7 +6,7 @@ and GAE on its predictions.
 
 Source: arXiv 1506.02438; the paper has gamma = lambda = 1.
 
-The reward comes with the last token; a response without an end has reward 0 and no value behind it.
+The reward comes with the last token; an unfinished response has reward 0, and the value after it is 0.
 The head starts at zero.
 """
 
@@ -21,7 +21,7 @@ from support.ranks import sum_over_ranks
 
 
 def gae(values, reward, gamma=1.0, lam=1.0):
-    """Generalized advantage estimates [T] from values[t] = V(s_t) of a response's tokens and its reward."""
+    """Generalized advantage estimates [N] of a response's tokens from their values [N] and its reward."""
     advantages, following, after = [0.0] * len(values), 0.0, 0.0  # A_{t+1}, V(s_{t+1})
     for t in reversed(range(len(values))):
         delta = (reward if t == len(values) - 1 else 0.0) + gamma * after - values[t]
@@ -51,9 +51,8 @@ class ValueNetwork(torch.nn.Module):
         self.network = network
         for name, parameter in network.named_parameters():
             if name.startswith(("score.", "classifier.")):
-                torch.nn.init.zeros_(
-                    parameter
-                )  # from_pretrained draws the missing head at random, on each rank anew
+                # from_pretrained draws the missing head at random, on each rank anew
+                torch.nn.init.zeros_(parameter)
 
     def forward(self, m):
         """[N], float32, for the N action tokens of a MicroBatch."""
@@ -89,17 +88,14 @@ class Critic(Estimator):
     def update(self, episodes):
         """Fit the network to the returns of the episodes whose advantages it has set.
 
-        Returns metrics over all ranks.
-
-        explained_variance: 1 - Var(G - V) / Var(G) over the action tokens, of the predictions that
-        the advantages came from.
+        Returns metrics over all ranks; explained_variance is that of the predictions from which the
+        advantages came.
         """
         old_values, returns = (per_token(episodes, name, self.device) for name in ("token_values", "returns"))
 
         def loss_of(m, num_responses, num_tokens):
-            return value_loss(
-                self.model(m), old_values[m.tokens], returns[m.tokens], self.clip, num_tokens
-            ), {}
+            known = old_values[m.tokens], returns[m.tokens]
+            return value_loss(self.model(m), *known, self.clip, num_tokens), {}
 
         found = self.learner.fit(episodes, loss_of)
         names = dict(value_loss="loss", critic_grad_norm="grad_norm", critic_skipped_steps="skipped_steps")

@@ -25,7 +25,9 @@ def rloo(rewards):
 
 
 class Group(Estimator):
-    """formula: grpo or rloo. size: so many episodes in a row answer one problem, at least two."""
+    """formula: grpo or rloo. size: of a group, at least 2: this many episodes in a row answer one problem."""
+
+    whiten = False  # they are scaled already
 
     def __init__(self, formula, size):
         self.formula, self.size = formula, size

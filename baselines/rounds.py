@@ -20,7 +20,7 @@ import data
 from grader import Grader
 from model import compute_dtype, full_tensors, load_tokenizer, save_pretrained
 from support.metrics import Phases, evaluation_metrics
-from support.ranks import init_distributed, over_ranks, refuse
+from support.ranks import init_distributed, leave, over_ranks, refuse
 from support.settings import parse, setting
 from support.watch import Watch
 from train import PRESETS
@@ -59,7 +59,7 @@ class Settings:
         8, "examples per forward pass of a rank; memory and speed, not the result", min=1
     )
     epochs: float = setting(2.0, "passes over a round's examples", above=0)
-    eval_problems: int | None = setting(None, "the first so many test problems; None: all", min=1)
+    eval_problems: int | None = setting(None, "evaluate on the first N test problems; None: all", min=1)
     eval_samples: int = setting(16, "responses per test problem; accuracy is their mean", min=1)
     eval_temperature: float = setting(0.35, "sampling temperature of evaluations", min=0)
     eval_top_p: float = setting(0.9, "nucleus of evaluations", above=0, max=1)
@@ -94,6 +94,7 @@ def main(method, doc, settings_class, train_round):
     device = init_distributed()
     with Watch() as watch:
         _rounds(s, run, tokenizer, training, test[: s.eval_problems], train_round, device, watch)
+    leave()
 
 
 def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
@@ -116,7 +117,7 @@ def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
             with open(run / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    accuracy = evaluation_metrics(evaluate(engine, grader, test, s), engine.sharers)["accuracy"]
+    accuracy = evaluation_metrics(evaluate(engine, grader, test, s), engine.tensor_parallel)["accuracy"]
     log({"iteration": 0, "accuracy": accuracy})
     policy, gradient_steps, phase = None, 0, Phases(watch, engine)
     for round in range(1, s.rounds + 1):
@@ -134,7 +135,7 @@ def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
             engine.load_weights(full_tensors(policy))
         with phase("evaluate"):
             evaluated = evaluate(engine, grader, test, s)
-        accuracy = evaluation_metrics(evaluated, engine.sharers)["accuracy"]
+        accuracy = evaluation_metrics(evaluated, engine.tensor_parallel)["accuracy"]
         gradient_steps += steps
         line = {
             "iteration": round,

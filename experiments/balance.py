@@ -5,7 +5,7 @@
 
 A simulation, since the real thing takes 8 GPUs. Each rank draws its share of 64 problems and gets 8
 responses to each, as long as the solution in the dataset times a log-normal factor (mean 1, sigma
-0.35). From each state it gets 9 rollouts, as long as what the response has behind the state times
+0.35). From each state it gets 9 rollouts, as long as what the response has after the state times
 another such factor; the prompt is a state once for its 8 responses. An engine adds a token to each
 of its sequences in a step, which takes as long as the estimate in docs/speed.md says. The seconds are as
 good as these assumptions. Left out are prefill (also that of a state whose prefix another rank has
@@ -68,7 +68,7 @@ class Rank:
         self.waiting = deque()  # States
 
     def submit(self):
-        """Start the rollouts of as many states as the engine has room for."""
+        """Start the rollouts of the states for which the engine has room."""
         while self.waiting and len(self.queue) + len(self.running) < ROOM:
             state = self.waiting.popleft()
             self.queue.extend(Sequence(varied(state.rest, self.rng), state) for _ in range(K))

@@ -40,7 +40,7 @@ import torch
 
 import data
 import train
-from episode import Episode
+from episode import Episode, State
 from grader import Grader
 from model import ChunkedLogprobs, compute_dtype, full_tensors, load_sharded, load_tokenizer
 from ppo import Trainer
@@ -212,8 +212,20 @@ def bench_stream(a, folder):
     ]
 
 
+def generate(engine, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=False):
+    """n completions of each prompt, a list of token ids. max_tokens: one limit, or one per prompt."""
+    limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+    records = [State(prompt, []) for prompt in prompts]
+    for record, limit in zip(records, limits):
+        engine.submit(record, n, limit, temperature, top_p, logprobs)
+    while engine.running:
+        for record, completions in engine.step():
+            record.take(completions)
+    return [record.rollouts for record in records]
+
+
 def bench_generate(a, folder):
-    """Engine.generate against LLM.generate on the value prompts of an iteration."""
+    """Engine.submit and step against LLM.generate on the value prompts of an iteration."""
     from vllm import SamplingParams
 
     w = Workload(a.model, folder)
@@ -226,7 +238,7 @@ def bench_generate(a, folder):
     stop = dict(stop=engine.stop or None, detokenize=bool(engine.stop))
 
     def ours():
-        return engine.generate(prompts, max_tokens=limits, **sampling)
+        return generate(engine, prompts, max_tokens=limits, **sampling)
 
     def raw():
         params = [SamplingParams(max_tokens=limit, **sampling, **stop) for limit in limits]
@@ -481,7 +493,8 @@ def bench_update(a, folder):
     for n in [min(limit, 1 + int(rng.expovariate(1 / 128))) for _ in range(32)]:
         prompt = [rng.randrange(2, 16_000) for _ in range(rng.randrange(50, 120))]
         response = [rng.randrange(2, 16_000) for _ in range(n)]
-        episodes.append(Episode(prompt, response_ids=response, advantages=[rng.gauss(0, 1)] * n))
+        advantages, zeros = [rng.gauss(0, 1)] * n, [0.0] * n
+        episodes.append(Episode(prompt, response_ids=response, advantages=advantages, engine_logprobs=zeros))
     parts = [episodes[i : i + 8] for i in range(0, 32, 8)]
     real, padded = sum(map(len, episodes)), sum(8 * max(map(len, part)) for part in parts)
     options = dict(learning_rate=1e-6, minibatch=16)

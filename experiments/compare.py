@@ -16,7 +16,7 @@ the critic at the same rate and at 1e-3). Then come the seeds that count.
 
 All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8
 responses with them, 40 times, and differ in nothing but the advantages. The controls give GRPO and
-RLOO more responses for as many optimizer steps: 96 per iteration cost about the seconds of
+RLOO more responses for the same number of optimizer steps: 96 per iteration cost about the seconds of
 VinePPO's K = 9 and the generated tokens of K = 3; 256 cost the tokens of K = 9. PPO gets 256 too,
 so that its value network has more to learn from (at the rate of the others with 256, the network's
 at 1e-3).
@@ -48,7 +48,7 @@ RL = (
     "train.py --iterations 40 --prompts_per_iteration 4 --responses_per_prompt 4 --minibatch 8"
     " --save_every 20 --eval_every 10"
 )
-MORE_96 = " --prompts_per_iteration 12 --responses_per_prompt 8 --minibatch 48"  # as many optimizer steps
+MORE_96 = " --prompts_per_iteration 12 --responses_per_prompt 8 --minibatch 48"  # the same number of optimizer steps
 MORE_256 = " --prompts_per_iteration 32 --responses_per_prompt 8 --minibatch 128"
 ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32"
 EVAL = " --eval_problems 400 --eval_samples 1"
@@ -160,7 +160,7 @@ def execute(name, command):
 def again(name):
     """A run of the plan as it is now, whatever its result, on one thread like all of them.
 
-    If it was stopped it goes on.
+    It resumes if it was stopped.
     """
     commands = planned(load_results())
     if name not in commands:

@@ -1,7 +1,7 @@
 """How good are the values, and what does that do to the gradient? The paper's section 6, on any run.
 
     torchrun --nproc_per_node=2 experiments/values.py runs/compare/ppo-256-s0/checkpoints/40 [MORE]
-    torchrun --nproc_per_node=8 experiments/values.py runs/math/checkpoints/500 --truth_rollouts 256
+    torchrun --nproc_per_node=8 experiments/values.py runs/math/checkpoints/1000 --truth_rollouts 256
     python experiments/values.py --draw                # pictures and tables alone
 
 `make analyze` does it for three of the comparison's checkpoints.
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "experiments" / "results" / "values"
 KS, GROUP = (1, 3, 9), 8
-ALTERNATIVES, TRIES = 5, 64  # distinct next steps ranked at a state, of so many continuations
+ALTERNATIVES, TRIES = 5, 64  # distinct next steps ranked at a state, of this many continuations
 PROMPTS, RESPONSES = 4, 4  # of a batch whose gradient is measured; prompts: or a multiple of the ranks
 
 
@@ -94,7 +94,7 @@ class Analysis:
         truth = self.arguments.truth_rollouts
         rows = [estimates(rewards, truth) for rewards in self.rewards_from(states, truth + max(KS))]
         if self.critic:
-            most = max(1, *over_ranks([len(states)]))  # FSDP: as many passes on every rank
+            most = max(1, *over_ranks([len(states)]))  # FSDP: the same number of passes on every rank
             padding = [State(problems[0].prompt_ids, [])] * (most - len(states))
             for row, value in zip(rows, network_values(self.critic, states + padding)):
                 row["value network"] = value
@@ -142,7 +142,7 @@ class Analysis:
                 ids = start.prefix_ids + c.token_ids
                 cuts = step_boundaries("paper", c.text, ids, self.engine.decode)
                 cut = next((cut for cut in cuts if cut > len(start.prefix_ids)), len(ids))
-                if cut < len(ids):  # a step that ends the response has no state behind it
+                if cut < len(ids):  # a step that ends the response has no state after it
                     nexts.setdefault(tuple(ids[:cut]))
             if len(nexts) >= 3:
                 chosen = list(nexts)[:ALTERNATIVES]
@@ -209,10 +209,10 @@ def estimates(rewards, truth_rollouts):
 
 
 def network_values(critic, states):
-    """The value network's V of each state. Every rank brings as many states."""
+    """The value network's V of each state. Every rank brings the same number of states."""
     from episode import Episode
 
-    # a dummy token stands where the next action would
+    # a dummy token in place of the next action
     episodes = [Episode(s.prompt_ids, response_ids=[*s.prefix_ids, 0]) for s in states]
     critic.set_advantages(episodes)
     return [e.token_values[-1] for e in episodes]
@@ -650,19 +650,21 @@ def main():
     add("--results", type=Path, default=RESULTS, help=results)
     add("--draw", action="store_true", help="pictures and tables from the results that are there")
     a = parser.parse_args()
-    if not a.draw:
-        from support.ranks import init_distributed, refuse
-        from support.watch import Watch
+    if a.draw:
+        return draw(a.results)
+    from support.ranks import init_distributed, leave, refuse
+    from support.watch import Watch
 
-        try:
-            check(a)
-        except ValueError as error:
-            refuse(f"values.py: {error}")
-        device = init_distributed()
-        with Watch() as watch:
-            measure(a, device, watch)
-    if os.environ.get("RANK", "0") == "0":
+    try:
+        check(a)
+    except ValueError as error:
+        refuse(f"values.py: {error}")
+    device = init_distributed()
+    with Watch() as watch:
+        measure(a, device, watch)
+    if os.environ["RANK"] == "0":
         draw(a.results)
+    leave()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
 
     The chains have 5 to 9 operations, worked from left to right on numbers below 100. On a carry in
     an addition, a borrow in a subtraction and a two-digit product with a carry the demonstrator
-    forgets it, with the probabilities slip, and goes on from the wrong number. The answer column
+    forgets it, with the probabilities slip, and continues from the wrong number. The answer column
     always holds the true value.
     """
     rng, rows, seen = random.Random(seed), [], set()

@@ -40,8 +40,8 @@ class Phases:
             finally:
                 notice.cancel()
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-                counts = zip(self.engine.prefix_cache_counts(), cache, self.cache.get(name, (0, 0)))
-                self.cache[name] = [after - before + sum for after, before, sum in counts]
+            counts = zip(self.engine.prefix_cache_counts(), cache, self.cache.get(name, (0, 0)))
+            self.cache[name] = [after - before + sum for after, before, sum in counts]
 
     def _say_long(self, name):
         if dist.get_rank() == 0:
@@ -52,7 +52,7 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
     """Metrics of an iteration over all ranks; every rank calls it.
 
     episodes: this rank's. seconds: of its phases. counts: numbers to be summed over the ranks.
-    epochs: passes over the episodes in the update. of_steps: the algorithm has values of states.
+    epochs: passes over the episodes in the update. of_steps: with the metrics about states.
     """
     rows, states = [], {}
     for e in episodes:
@@ -94,11 +94,11 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
     return metrics | counts
 
 
-def evaluation_metrics(episodes, sharers):
-    """Accuracy and sampled tokens over all ranks. All ranks call it. sharers: ranks of an engine."""
+def evaluation_metrics(episodes, tensor_parallel):
+    """Accuracy and sampled tokens over all ranks. All ranks call it. tensor_parallel: ranks of an engine."""
     rows = over_ranks([(e.reward, len(e.response_ids)) for e in episodes])
-    rewards, tokens = zip(*rows)  # those of an engine once from each of its sharers
-    return {"accuracy": statistics.mean(rewards), "tokens_evaluate": sum(tokens) // sharers}
+    rewards, tokens = zip(*rows)  # those of an engine once from each of its ranks
+    return {"accuracy": statistics.mean(rewards), "tokens_evaluate": sum(tokens) // tensor_parallel}
 
 
 def rounded(value):
@@ -140,3 +140,9 @@ class Report:
             self.writer.add_scalar(name, value, iteration)
         if self.wandb:
             self.wandb.log(metrics, step=iteration)
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+        if self.wandb:
+            self.wandb.finish()

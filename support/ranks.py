@@ -30,6 +30,20 @@ def init_distributed():
     return device
 
 
+def leave(code=0):
+    """End this rank's process and the process group. All ranks call it, as the last thing they do.
+
+    Python's own exit would race with the threads of gloo: one that has still to release a tensor of
+    the last collective then aborts the process.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def refuse(message):
     """End the program with one line for its user, before the ranks have joined.
 

@@ -1,4 +1,4 @@
-"""A run: where it starts or goes on, its iterations and phases, and what it writes."""
+"""A run: where it starts or resumes, its iterations and phases, and what it writes."""
 
 import json
 from dataclasses import asdict
@@ -22,7 +22,8 @@ GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
 class Run:
     """The run in --run_dir, new or to be resumed. Raises ValueError if the folder holds another run.
 
-    Made from settings alone, before the ranks have joined; then lock, join, begin, iterations, end.
+    Made from settings alone, before the ranks have joined: has_ended, lock. Then, on all ranks: join,
+    begin, for each of iterations: finished, and at last end; save_and_stop after Stopped.
     """
 
     def __init__(self, s):
@@ -52,7 +53,7 @@ class Run:
             raise ValueError(f"{what}: name another folder, or take them back")
         self.changed = [words for name, words in changed.items() if name not in ("run_dir", "resume")]
 
-    def is_finished(self):
+    def has_ended(self):
         return run_folder.whole(self.folder / "model")
 
     def lock(self):
@@ -62,18 +63,20 @@ class Run:
         self.lines = run_folder.read_metrics(self.folder, self.done)
 
     def join(self, watch, engine, grader, trainer, estimator, tokenizer):
-        """On all ranks: what the run is made of, set back to the checkpoint that it goes on from."""
+        """On all ranks: what the run is made of, set back to the checkpoint from which it resumes."""
         self.watch, self.engine, self.grader = watch, engine, grader
         self.trainer, self.estimator, self.tokenizer = trainer, estimator, tokenizer
         start = self.done, self.checkpoint, self.changed, self.lines
         self.done, self.checkpoint, self.changed, self.lines = from_rank_0(start)
         self.first = dist.get_rank() == 0
         self.saved = self.done
+        self.accuracy = next((x["accuracy"] for x in reversed(self.lines) if "accuracy" in x), None)
         self.phase = Phases(watch, engine)
         if self.checkpoint:
             trainer.load(self.checkpoint / "state" / "policy")
             estimator.load(self.checkpoint / "state")
-            self.say("; ".join([f"goes on after iteration {self.done} of {self.checkpoint}", *self.changed]))
+            where = f"resumes after iteration {self.done}, from {self.checkpoint}"
+            self.say("; ".join([where, *self.changed]))
 
     def say(self, message):
         if self.first:
@@ -93,8 +96,8 @@ class Run:
 
         evaluated: episodes of the evaluation before training, or of one that a stop had cut short.
         """
-        if evaluated is not None and not self.watch.agreed:
-            self.accuracy = evaluation_metrics(evaluated, self.engine.sharers)["accuracy"]
+        if evaluated is not None:
+            self.accuracy = evaluation_metrics(evaluated, self.engine.tensor_parallel)["accuracy"]
             last = self.lines.pop() if self.done else {"iteration": 0}
             self.lines.append(last | {"accuracy": rounded(self.accuracy)})
             self.say(f"accuracy{'' if self.done else ' before training'} {self.accuracy:.3f}")
@@ -102,7 +105,7 @@ class Run:
             self._settings(self.folder)
             self.log = run_folder.open_metrics(self.folder, self.lines)
             self.report = Report(self.s, self.folder, self.done)
-            if self.accuracy is not None:
+            if evaluated is not None:
                 self.report(self.done, {"accuracy": self.accuracy})
         if self.watch.agreed:
             raise Stopped
@@ -118,20 +121,17 @@ class Run:
             yield iteration
 
     def finished(self, iteration, episodes, metrics, evaluated):
-        """Behind an iteration: its line of metrics.jsonl, its stored episodes and a checkpoint,
-        where they are due.
+        """After an iteration: its line of metrics.jsonl; its stored episodes and a checkpoint where
+        they are due.
 
         episodes: this rank's; metrics: of the update; evaluated: this rank's episodes of an
-        evaluation, or None. Raises Stopped if the run was to stop in that evaluation; it is made
-        when the run goes on.
+        evaluation, or None. Raises Stopped if the run was to stop in that evaluation, which is made
+        when the run resumes.
         """
         s, self.done = self.s, iteration + 1
-        self._check(metrics)
-        if self.watch.agreed:
-            evaluated = None
         metrics = {"iteration": self.done} | self._measured(episodes) | metrics
         if evaluated is not None:
-            metrics |= evaluation_metrics(evaluated, self.engine.sharers)
+            metrics |= evaluation_metrics(evaluated, self.engine.tensor_parallel)
             self.accuracy = metrics["accuracy"]
         if metrics["aborted"]:
             what = f"the engine gave up {metrics['aborted']} responses or rollouts; they count as unfinished"
@@ -140,6 +140,7 @@ class Run:
             line = {name: rounded(value) for name, value in metrics.items()}
             self.log.write(json.dumps(line) + "\n")
             self.report(self.done, metrics)
+        self._check(metrics)
         self._show(metrics)
         if s.store_every and (iteration == 0 or self.done % s.store_every == 0):
             solutions = over_ranks([e.as_dict(self.engine.decode) for e in episodes])
@@ -156,7 +157,7 @@ class Run:
         counts = dict(aborted=self.engine.aborted - self.aborted, looked_up=looked_up, found=found)
         counts |= {f"answers_{name}": count for name, count in self.grader.counts.items()}
         counts = {name: count * self.engine.leads for name, count in counts.items()}  # of an engine once
-        of_steps = self.s.algorithm == "vineppo"
+        of_steps = self.estimator.values_steps
         return iteration_metrics(episodes, self.phase.seconds, counts, self.s.epochs, of_steps)
 
     def _check(self, metrics):
@@ -214,8 +215,10 @@ class Run:
             self.progress.close()
         if self.done > self.saved:
             self._save()
-        goes_on = f"stopped after iteration {self.done}; the same command goes on from there"
-        self.say(goes_on if self.done else "stopped; there was nothing to save yet")
+        resumes = f"stopped after iteration {self.done}; the same command resumes from there"
+        self.say(resumes if self.done else "stopped; there was nothing to save yet")
+        if self.first:
+            self.report.close()
         if self.watch.error:
             raise self.watch.error
 
@@ -225,3 +228,5 @@ class Run:
         run_folder.write_folder(self.folder / "model", self._write_model)
         accuracy = "" if self.accuracy is None else f"; accuracy {self.accuracy:.3f}"
         self.say(f"wrote {self.folder / 'model'}{accuracy}")
+        if self.first:
+            self.report.close()

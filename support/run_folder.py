@@ -1,11 +1,11 @@
 """The folder of a run.
 
-What stands in it under its own name is whole, at whatever moment the run was killed.
+What it holds under its own name is whole, at whatever moment the run was killed.
 
     settings.json     of the newest start
     metrics.jsonl     one line per iteration; line 0 is the accuracy before training
     checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training
-                      goes on from, and the settings
+                      resumes from, and the settings
     episodes/N        stored responses, for experiments/show.py
     model             the final policy, a Hugging Face folder
 

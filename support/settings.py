@@ -4,7 +4,7 @@
 class Settings:
     K: int = setting(9, "rollouts that estimate the value of each state", min=1)
 
-settings, given = parse(Settings, sys.argv[1:], __doc__, PRESETS)
+settings, given = parse(Settings, sys.argv[1:], __doc__, PRESETS, other={})
 """
 
 import argparse
@@ -17,7 +17,7 @@ def setting(default, help, *, min=None, above=None, max=None, choices=None, may_
     """A field of a settings dataclass.
 
     min, max: its range, both included; above: the lower end, excluded. choices: its possible
-    values. may_change: a run that goes on may set it otherwise, since it changes the machine or the
+    values. may_change: a resumed run may set it otherwise, since it changes the machine or the
     reports but not what is learned.
     """
     metadata = dict(help=help, min=min, above=above, max=max, may_change=may_change)
@@ -73,5 +73,5 @@ def check_ranges(settings):
 
 
 def may_change(settings):
-    """Names of the settings that a run that goes on may set otherwise."""
+    """Names of the settings that a resumed run may set otherwise."""
     return {f.name for f in fields(settings) if f.metadata["may_change"]}

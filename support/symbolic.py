@@ -53,7 +53,7 @@ def _ready(worker):
     """The worker, once it has loaded math-verify."""
     if worker.stdout.readline() != "ready\n":
         raise RuntimeError(
-            "a grader's worker did not start (its error stands above); is math-verify[antlr4-13-2] installed?"
+            "a grader's worker did not start (its error is above); is math-verify[antlr4-13-2] installed?"
         )
     return worker
 

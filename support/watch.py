@@ -20,7 +20,7 @@ they react to:
               stop at its end, as after a signal
     hang      a rank is in a phase, does not wait for others and shows no progress for hang_timeout seconds; or it is
               frozen and silent for SILENT seconds
-    death     of a rank (its connection closes) or of torchrun, which would leave its ranks behind
+    death     of a rank (its connection closes) or of torchrun, which would leave its ranks running
 
 The exit code is 128 + the number of the signal (SIGTERM 143, SIGINT 130), or 1.
 """
@@ -45,11 +45,11 @@ class Stopped(Exception):
 
 
 class Watch:
-    """See above.
+    """One rank's part in watching all of them; every rank makes one.
 
-    hang_timeout: seconds; None: no rank is taken to hang. together: so many consecutive ranks
-    (those that share an engine) take the same steps, and leave a phase that can stop after the same
-    one.
+    hang_timeout: seconds; None: no rank is taken to hang. tensor_parallel: this many consecutive
+    ranks share an engine, so they take the same steps, and leave a phase that can stop after the
+    same one.
     """
 
     EVERY = 1.0  # seconds between the exchanges of the threads
@@ -57,7 +57,7 @@ class Watch:
     GRACE = 60  # seconds from a signal to the end of a phase
     AGAIN = 2.0  # seconds until a signal is a second one
 
-    def __init__(self, hang_timeout=None, together=1):
+    def __init__(self, hang_timeout=None, tensor_parallel=1):
         self.rank, self.world, self.hang_timeout = dist.get_rank(), dist.get_world_size(), hang_timeout
         self.stop = False  # the run is to stop, because of:
         self.signal = 0  # the number of a signal to this or another rank; 0: none
@@ -70,7 +70,7 @@ class Watch:
         self.cause = None
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.SILENT))
-        self.together = dist.new_subgroups(together)[0] if together > 1 else None
+        self.sharers = dist.new_subgroups(tensor_parallel)[0] if tensor_parallel > 1 else None
 
     # --- for the main thread ---
 
@@ -82,12 +82,12 @@ class Watch:
         """A sign of progress in a phase that can stop; raises Stopped if the run is to stop."""
         self.beat()
         self.steps += 1
-        if self.together is None:
+        if self.sharers is None:
             if self.stop:
                 raise Stopped
         elif self.steps % 16 == 0:  # a rank that left alone would leave the others waiting inside the engine
             stop = torch.tensor([self.stop], dtype=torch.int32)
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.together)
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.sharers)
             if stop.item():
                 raise Stopped
 
@@ -116,7 +116,8 @@ class Watch:
         try:
             yield
         except Stopped:
-            pass
+            if not can_stop:
+                raise
         except Exception as error:
             if not can_stop:
                 raise
@@ -148,6 +149,7 @@ class Watch:
         print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
 
     def __enter__(self):
+        sys.stdout.reconfigure(line_buffering=True)  # os._exit would drop what is not written yet
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)  # a signal is noticed even while the main thread waits in compiled code
@@ -211,7 +213,9 @@ class Watch:
                 return
             now = time.monotonic()
             if any(r["stop"] for r in ranks):
-                self.stop, self.signal = True, self.signal or max(r["signal"] for r in ranks)
+                self.stop = True
+            if number := max(r["signal"] for r in ranks):
+                self.signal = self.signal or number
             if self.signal:
                 signalled = signalled or now
                 if not self.graceful and not self.closing:

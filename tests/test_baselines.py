@@ -20,7 +20,7 @@ from episode import Episode
 from model import full_tensors, load_sharded
 from ppo import Trainer
 from rollout import episodes_for, sample
-from support.ranks import init_distributed
+from support.ranks import init_distributed, leave
 from vine import Vine
 
 # --- GRPO, RLOO ---
@@ -331,19 +331,14 @@ def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, token
             epochs=4.0,
         )
     else:
-        trainer = Trainer(
-            tiny_model,
-            device,
-            learning_rate=1e-3,
-            whiten_advantages=algorithm in ("vineppo", "ppo"),
-            **settings,
-        )
         estimator = {
             "vineppo": lambda: Vine(engine, BeginsWith7(), s),
             "ppo": lambda: critic.Critic(tiny_model, device, learning_rate=1e-3, **settings),
             "grpo": lambda: groups.Group(groups.grpo, s.responses_per_prompt),
             "rloo": lambda: groups.Group(groups.rloo, s.responses_per_prompt),
         }[algorithm]()
+        whiten = estimator.whiten
+        trainer = Trainer(tiny_model, device, learning_rate=1e-3, whiten_advantages=whiten, **settings)
     for _ in range(12):
         episodes = episodes_for(batch, s.responses_per_prompt)
         if algorithm in ("restem", "dpo"):
@@ -442,4 +437,4 @@ if __name__ == "__main__":  # one rank of test_two_ranks_train_the_baselines_as_
     weights = trained(sys.argv[1], joined, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if torch.distributed.get_rank() == 0:
         torch.save(weights, sys.argv[2])
-    torch.distributed.destroy_process_group()
+    leave()

@@ -294,7 +294,8 @@ def test_the_plain_trainer_of_the_benchmark_makes_the_same_update(tiny_model, de
     for n in (3, 9, 1, 6):
         prompt, response = ([rng.randrange(2, 20) for _ in range(length)] for length in (5, n))
         advantages = [rng.gauss(0, 1)] * n
-        episodes.append(Episode(prompt, response_ids=response, advantages=advantages))
+        zeros = [0.0] * n
+        episodes.append(Episode(prompt, response_ids=response, advantages=advantages, engine_logprobs=zeros))
     options = dict(learning_rate=1e-3, minibatch=4, epochs=1)
     ours = Trainer(tiny_model, device, total_steps=1, **options)
     plain = naive.Trainer(tiny_model, device, micro_batch=2, **options)

@@ -31,7 +31,7 @@ class ScriptedEngine:
     The latest request ends first. `room`: so many requests run at a time.
     """
 
-    leads, sharers = True, 1
+    leads, tensor_parallel = True, 1
     advance, take_waiting = Engine.advance, Engine.take_waiting
 
     def __init__(self, script, number=0, room=10**6):
@@ -177,13 +177,13 @@ import json, sys
 sys.path.insert(0, "tests")
 import torch.distributed as dist
 import test_iteration
-from support.ranks import init_distributed, over_ranks
+from support.ranks import init_distributed, leave, over_ranks
 init_distributed()
 rank = dist.get_rank()
 found = over_ranks([test_iteration.value_unequal_problems(rank)])
 if rank == 0:
     print(json.dumps(found))
-dist.destroy_process_group()
+leave()
 """
 
 

@@ -20,7 +20,7 @@ import model as networks
 import ppo
 from episode import Episode
 from model import ChunkedLogprobs, device_mesh, full_tensors, load_sharded, save_pretrained, token_entropy
-from support.ranks import init_distributed
+from support.ranks import init_distributed, leave
 
 
 def random_tokens(count=15, seed=0):
@@ -125,7 +125,7 @@ def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_mod
     assert advantages.tolist() == pytest.approx([a for i in (5, 0, 3) for a in episodes()[i].advantages])
     (got * advantages).sum().backward()
     (expected * advantages).sum().backward()
-    empty = model(learner.micro_batch(episodes(), [2], device, actions=False))
+    empty = model(learner.micro_batch(episodes(), [2], device, empty=True))
     assert len(empty) == 0
     empty.sum().backward()  # all parameters take part, so that FSDP's passes are the same on all ranks
     for (name, a), b in zip(model.network.named_parameters(), plain.parameters()):
@@ -219,9 +219,21 @@ def episodes(count=8):
             prompt_ids=torch.randint(3, 20, (4 + i % 3,), generator=g).tolist(),
             response_ids=torch.randint(3, 20, (5 + 3 * (i % 4),), generator=g).tolist(),
             advantages=torch.randn(5 + 3 * (i % 4), generator=g).tolist(),
+            engine_logprobs=[0.0] * (5 + 3 * (i % 4)),
         )
         for i in range(count)
     ]
+
+
+def test_a_field_that_was_not_set_is_not_taken_for_zeros(tiny_model, device):
+    unset, short = episodes(), episodes()
+    unset[3].engine_logprobs = None
+    short[3].advantages = short[3].advantages[1:]
+    trainer = ppo.Trainer(tiny_model, device, total_steps=4, minibatch=8)
+    with pytest.raises(ValueError, match="engine_logprobs has 0 numbers for"):
+        trainer.update(unset)
+    with pytest.raises(ValueError, match="advantages has"):
+        trainer.update(short)
 
 
 def updated_weights(model, device, rank=0, world=1, **changes):
@@ -378,7 +390,7 @@ def test_responses_without_a_token_and_equal_rewards_go_through(tiny_model, devi
         batch = episodes()
         for i, e in enumerate(batch):
             if all_empty or i % 3 == 0:
-                e.response_ids, e.advantages = [], []
+                e.response_ids, e.advantages, e.engine_logprobs = [], [], None
             e.advantages = [0.5] * len(e.advantages)
         metrics = trainer.update(batch)
         assert all(math.isfinite(value) for value in metrics.values()) and metrics["skipped_steps"] == 0, (
@@ -449,4 +461,4 @@ if __name__ == "__main__":  # one of two ranks
     assert mesh.shape == ((2, 1) if hybrid else (2,))
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
-    torch.distributed.destroy_process_group()
+    leave()

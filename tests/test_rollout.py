@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from episode import Episode, State
+from experiments.bench import generate
 from learner import micro_batch
 from model import full_tensors, load_sharded
 
@@ -32,7 +33,7 @@ PROMPT = [1, *([5, 13, 6, 15, 7, 17, 8, 18] * 9)]  # longer than a block of the 
 def gap(engine, model, prompt=PROMPT):
     """Mean |engine's - trainer's| log-probability of sampled tokens, as ppo's logprob_gap."""
     differences = []
-    for c in engine.generate([prompt], 8, 24, 0.7, logprobs=True)[0]:
+    for c in generate(engine, [prompt], 8, 24, 0.7, logprobs=True)[0]:
         with torch.no_grad():
             expected = model(micro_batch([Episode(prompt, response_ids=c.token_ids)], [0], "cpu"))
         differences.append((expected - torch.tensor(c.logprobs)).abs())
@@ -66,7 +67,7 @@ def test_a_refused_reset_of_the_prefix_cache_is_an_error(engine, models, monkeyp
 
 def test_the_sampled_distribution_is_the_tempered_softmax(engine, models, tiny_model):
     """4,000 first tokens against the exact probabilities at temperature 0.5: a chi-squared test."""
-    samples = [c.token_ids[0] for c in engine.generate([PROMPT], 4000, 1, 0.5)[0]]
+    samples = [c.token_ids[0] for c in generate(engine, [PROMPT], 4000, 1, 0.5)[0]]
     with torch.no_grad():
         p = (
             AutoModelForCausalLM.from_pretrained(tiny_model)(torch.tensor([PROMPT])).logits[0, -1].double()
@@ -78,7 +79,7 @@ def test_the_sampled_distribution_is_the_tempered_softmax(engine, models, tiny_m
 
 
 def test_each_prompt_has_its_own_limit_and_completions_say_how_they_ended(engine, models, tokenizer):
-    groups = engine.generate([PROMPT] * 3, 40, [1, 5, 30], 1.0)
+    groups = generate(engine, [PROMPT] * 3, 40, [1, 5, 30], 1.0)
     for limit, group in zip([1, 5, 30], groups):
         assert len(group) == 40
         for c in group:
@@ -97,8 +98,8 @@ def test_each_prompt_has_its_own_limit_and_completions_say_how_they_ended(engine
 
 def test_prefixes_come_from_the_cache(engine, models):
     looked_up, found = engine.prefix_cache_counts()
-    engine.generate([PROMPT], 1, 2, 1.0)
-    engine.generate([PROMPT + [5, 6]], 1, 2, 1.0)
+    generate(engine, [PROMPT], 1, 2, 1.0)
+    generate(engine, [PROMPT + [5, 6]], 1, 2, 1.0)
     after = engine.prefix_cache_counts()
     assert after[0] - looked_up == 2 * len(PROMPT) + 2
     assert after[1] - found == len(PROMPT) // 32 * 32  # whole blocks of 32 tokens
@@ -107,7 +108,7 @@ def test_prefixes_come_from_the_cache(engine, models):
 def test_requests_may_come_while_others_are_written(engine, models):
     """Greedy, so that each completion can be compared with the one it would have alone."""
     prompts = [[1, 5, 9, 13], PROMPT[:20], [1, 7, 6, 3, 8]]
-    alone = engine.generate(prompts, 1, [60, 60, 20], 0.0)
+    alone = generate(engine, prompts, 1, [60, 60, 20], 0.0)
     a, b, late = (State(prompt, []) for prompt in prompts)
     engine.submit(a, 1, 60, 0.0)
     engine.submit(b, 1, 60, 0.0)
@@ -159,7 +160,7 @@ def test_on_step_can_give_the_work_up(engine, models):
 
 
 def test_samples_depend_on_the_seed_alone(engine, models):
-    sample = lambda: [c.token_ids for c in engine.generate([PROMPT], 20, 8, 1.0)[0]]
+    sample = lambda: [c.token_ids for c in generate(engine, [PROMPT], 20, 8, 1.0)[0]]
     engine.seed(3, 1)
     drawn, first, second = (
         np.random.random(),

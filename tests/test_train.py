@@ -151,13 +151,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
     assert straight.returncode == 0 and "states were dealt" in straight.stdout, straight.stderr
     stopped = run("stopped", "signal")
     assert stopped.returncode != 0 and "exitcode  : 143" in stopped.stderr, stopped.stderr
-    assert "stopped after iteration 2; the same command goes on from there" in stopped.stdout + stopped.stderr
+    assert "stopped after iteration 2; the same command resumes from there" in stopped.stdout + stopped.stderr
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["2"] and len(
         metrics_of(tmp_path / "stopped")
     ) == 3
     shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
     went_on = run("stopped", "none")
-    assert went_on.returncode == 0 and "goes on after iteration 2" in went_on.stdout + went_on.stderr, (
+    assert went_on.returncode == 0 and "resumes after iteration 2" in went_on.stdout + went_on.stderr, (
         went_on.stderr
     )
     expected = comparable(tmp_path / "straight")
@@ -214,7 +214,7 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     assert "--clip was 0.2, now 0.3" in refused.stderr and "--seed was 0, now 1" in refused.stderr
     done = python("train.py", *arguments, "--resume", "--hang_timeout", 200)
     assert done.returncode == 0, done.stderr
-    assert "goes on after iteration 2" in done.stderr + done.stdout
+    assert "resumes after iteration 2" in done.stderr + done.stdout
     assert "--hang_timeout was 90.0, now 200.0" in done.stderr + done.stdout
     lines = metrics_of(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [1, 2, 3]

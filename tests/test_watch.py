@@ -14,14 +14,14 @@ from conftest import ROOT, left_running, our_environment
 RANK = """
 import os, signal, sys, time
 import torch.distributed as dist
-from support.ranks import init_distributed
+from support.ranks import init_distributed, leave
 from support.watch import Stopped, Watch
 
 how, folder = sys.argv[1:]
 Watch.EVERY, Watch.SILENT, Watch.GRACE, Watch.AGAIN = 0.2, 6, 4, 0.3
 device = init_distributed()
 rank = dist.get_rank()
-with Watch(hang_timeout=3, together=2 if how == "pair" else 1) as watch:
+with Watch(hang_timeout=3, tensor_parallel=2 if how == "pair" else 1) as watch:
     watch.graceful = how != "early"
     number = 0
     try:
@@ -61,8 +61,7 @@ with Watch(hang_timeout=3, together=2 if how == "pair" else 1) as watch:
     if watch.error:
         raise watch.error
     code = watch.exit_code()
-dist.destroy_process_group()
-sys.exit(code)
+leave(code)
 """
 
 
