@@ -48,12 +48,8 @@ class Settings:
     """The values are the paper's for MATH with Rho-1B (released config rho1b). PRESETS replaces some."""
 
     # the run
-    dataset: str = setting(
-        "arithmetic", "math, gsm8k, arithmetic (built in), or a path to your own data (see data.py)"
-    )
-    model: str | None = setting(
-        "realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name to start from"
-    )
+    dataset: str = setting("arithmetic", "math, gsm8k, arithmetic (built in), or a path (see data.py)")
+    model: str | None = setting("realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name")
     algorithm: str = setting(
         "vineppo", "where advantages come from", choices=["vineppo", "ppo", "grpo", "rloo"]
     )
@@ -108,9 +104,7 @@ class Settings:
     )
     eval_temperature: float = setting(0.35, "temperature of evaluations", min=0, may_change=True)
     eval_top_p: float = setting(0.9, "nucleus of evaluations", above=0, max=1, may_change=True)
-    save_every: int = setting(
-        50, "iterations between checkpoints; 0: only the final model", min=0, may_change=True
-    )
+    save_every: int = setting(50, "iterations between checkpoints; 0: none", min=0, may_change=True)
     store_every: int = setting(
         50, "iterations between stored responses (show.py); 0: never", min=0, may_change=True
     )
@@ -124,15 +118,9 @@ class Settings:
     gpu_memory: float = setting(
         0.6, "share of a GPU for the engine while it samples", above=0, max=1, may_change=True
     )
-    max_sequences: int | None = setting(
-        None, "responses that an engine writes at a time", min=1, may_change=True
-    )
-    hang_timeout: float = setting(
-        90.0, "seconds without progress until a rank hangs", above=0, may_change=True
-    )
-    strict: bool = setting(
-        False, "stop where engine and trainer disagree, instead of a warning", may_change=True
-    )
+    max_sequences: int | None = setting(None, "that an engine writes at a time", min=1, may_change=True)
+    hang_timeout: float = setting(90.0, "seconds without progress of a rank", above=0, may_change=True)
+    strict: bool = setting(False, "stop if engine and trainer disagree, not only warn", may_change=True)
     trust_remote_code: bool = setting(False, "let a hub model run code of its own", may_change=True)
 
 

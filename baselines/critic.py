@@ -6,7 +6,7 @@ and GAE on its predictions.
 
 Source: arXiv 1506.02438; the paper has gamma = lambda = 1.
 
-The reward comes with the last token; an unfinished response has reward 0, and the value after it is 0.
+The reward comes with the last token; an unfinished response has reward 0 and value 0 after it.
 The head starts at zero.
 """
 
@@ -44,7 +44,7 @@ def value_loss(values, old_values, returns, clip=0.2, num_tokens=None):
 
 
 class ValueNetwork(torch.nn.Module):
-    """A token classifier with one class, whose forward gives V of the state before each action token."""
+    """A token classifier with one class; its forward gives V of the state before each action token."""
 
     def __init__(self, network):
         super().__init__()
