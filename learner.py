@@ -136,7 +136,7 @@ class Learner:
         self.minibatch, self.micro_batch_tokens = minibatch // dist.get_world_size(), micro_batch_tokens
         self.epochs, self.max_grad_norm = epochs, max_grad_norm
         self.step, self.skipped = 0, 0  # optimizer steps so far; steps skipped in a row
-        options = dict(lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+        options = dict(lr=learning_rate, weight_decay=0.0, fused=device.type != "cpu")
         self.optimizer = torch.optim.AdamW(model.parameters(), **options)
 
     def micro_batches(self, episodes, rows=None):

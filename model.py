@@ -8,7 +8,6 @@ differs is decided by `device` in compute_dtype, load_sharded and packed_attenti
 
 import copy
 import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from support.weights import local_folder
 
 # --- the policy ---
 
@@ -135,7 +136,7 @@ def packed_attention(
         raise ValueError(
             f"{type(module).__name__} needs attention with {unknown[0]}, which is not built here"
         )
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.device.type != "cpu" and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [L, H, D]
         window = (sliding_window - 1 if sliding_window else -1, 0)  # causal
         options = dict(scale=scaling, window_size=window, enable_gqa=True)
@@ -159,7 +160,7 @@ AttentionInterface.register("packed", packed_attention)
 
 def compute_dtype(device, bfloat16=None):
     """bfloat16 on GPUs and float32 on CPU, unless bfloat16 says otherwise."""
-    bfloat16 = device.type == "cuda" if bfloat16 is None else bfloat16
+    bfloat16 = device.type != "cpu" if bfloat16 is None else bfloat16
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
@@ -181,10 +182,9 @@ def load_sharded(
     None: on GPUs only. checkpoint_activations: recompute them in the backward pass, for less memory
     and a third more time; None: on GPUs only. hybrid: see device_mesh. trust_remote_code: let a hub
     model bring code of its own. wrapper, architecture: another network, with its options for the
-    configuration. Weights are read from safetensors alone; other formats are pickles, which can run
-    code. Raises OSError or ValueError for a model that is not there or not supported.
+    configuration. Raises OSError or ValueError for a model that is not there or not supported.
     """
-    compute, on_gpu = compute_dtype(device, bfloat16), device.type == "cuda"
+    compute, on_gpu = compute_dtype(device, bfloat16), device.type != "cpu"
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     # without dropout: the old and the new log-probabilities must be of one and the same policy
     no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))}
@@ -194,7 +194,7 @@ def load_sharded(
         if getattr(config, name, None):
             raise ValueError(f"{path}: its head's output is changed by {name}, which is not built here")
     network = architecture.from_pretrained(
-        path, config=config, dtype="auto" if trainable else compute, attn_implementation="packed",
+        local_folder(path), config=config, dtype="auto" if trainable else compute, attn_implementation="packed",
         trust_remote_code=trust_remote_code, use_safetensors=True,
     )  # fmt: skip
     network.requires_grad_(trainable).train(trainable)
@@ -214,33 +214,25 @@ def load_sharded(
 
 
 def load_tokenizer(s):
-    """The tokenizer of s.model.
+    """The tokenizer of s.model, whose files are on this machine then.
 
-    Raises ValueError for a model that is not there, or that a run could not use.
-
-    s: settings with dataset, model, max_sequence and perhaps trust_remote_code.
+    s: settings with dataset, model, max_sequence and perhaps trust_remote_code. Raises ValueError for
+    a model that is not there, or that a run could not use.
     """
     path, trust = s.model, getattr(s, "trust_remote_code", False)
     if not path:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        limit = getattr(config, "max_position_embeddings", None) or s.max_sequence
+        if s.max_sequence <= limit:  # else before anything large is downloaded
+            return AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trust)
     except (OSError, ValueError) as error:
         hint = "run `python sft.py` first, or " if path == "runs/sft" else ""
         advice = f"{hint}name a Hugging Face folder or hub model"
-        raise ValueError(
-            f"--model {path} cannot be loaded: {advice} ({str(error).splitlines()[0]})"
-        ) from None
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
-        advice = "others are pickles, which can run code, and are not read"
-        raise ValueError(f"--model {path} has no weights in safetensors files: {advice}")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and s.max_sequence > limit:
-        raise ValueError(
-            f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"
-        )
-    return tokenizer
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--model {path} cannot be loaded: {advice} ({why})") from None
+    raise ValueError(f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}")
 
 
 # --- saving ---

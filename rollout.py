@@ -13,24 +13,27 @@ import warnings
 from collections import deque
 from dataclasses import replace
 
-# read when vLLM is imported
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
-
 import numpy as np
 import torch
 import torch.distributed as dist
 
+# read when vLLM is imported
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+loud = torch.cuda.is_available() and os.environ.get("RANK", "0") == "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if loud else "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
+# vLLM's own sampling kernels (Triton): FlashInfer's are compiled with ninja and nvcc, or the start fails
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 if not torch.cuda.is_available():
     torch._dynamo.config.disable = True  # vLLM would compile its sampling helpers for 20 s
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from episode import Completion, Episode
+from episode import Completion, Episode, State
 from grader import set_rewards, start_grading
+from support.weights import local_folder
 
 
 def episodes_for(problems, n):
@@ -69,10 +72,10 @@ class Engine:
 
     model: Hugging Face folder or hub name. max_sequence: tokens of the longest prompt and response
     together. stop: strings that end a response. gpu_memory: share of a GPU for weights and KV
-    cache. max_sequences: how many may run at a time; None: vLLM's default. tensor_parallel: this
-    many consecutive ranks share one model; they must submit the same requests in the same order,
-    and get the same completions. on_step is called before each step; it may raise, to give up what is
-    running.
+    cache. max_sequences: how many may run at a time; None: 1,024 on GPUs above 70 GiB, else 256.
+    tensor_parallel: this many consecutive ranks share one model; they must submit the same requests
+    in the same order, and get the same completions. on_step is called before each step; it may
+    raise, to give up what is running.
     """
 
     def __init__(
@@ -90,8 +93,14 @@ class Engine:
         self.submitted, self.steps = 0, 0
         self.aborted = 0  # completions that vLLM gave up; they count as unfinished
         bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
+        compilation = {}
+        if self.on_gpu:
+            memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            max_sequences = max_sequences or (1024 if memory > 70 * 2**30 else 256)
+            if max_sequences > 512:  # else larger steps would run without CUDA graphs, whose sizes step by 16
+                compilation["max_cudagraph_capture_size"] = -(-max_sequences // 16) * 16
         self.llm = LLM(
-            model,
+            local_folder(model),
             dtype="bfloat16" if bfloat16 else "float32",
             distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
             tensor_parallel_size=tensor_parallel,
@@ -104,11 +113,16 @@ class Engine:
             gpu_memory_utilization=gpu_memory,
             enable_sleep_mode=self.on_gpu,
             enforce_eager=not self.on_gpu,
+            compilation_config=compilation,
             use_tqdm_on_load=False,
             disable_log_stats=False,  # counts the prefix cache's hits
         )
         self.tokenizer = self.llm.get_tokenizer()
         self.max_sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        # the sampler's kernels are compiled at the first step, which takes seconds on a GPU: here, not in a phase
+        self.submit(State([0], []), n=1, max_tokens=1, temperature=0.5, top_p=0.5, logprobs=True)
+        while self.running:
+            self.step()
 
     # --- ranks: several engines share the problems; several ranks may share an engine ---
 
@@ -126,7 +140,7 @@ class Engine:
     def seed(self, *numbers):
         """From here on samples depend on these integers, the weights and the engine's number alone."""
         number = hash((*numbers, self.number))
-        # vLLM draws from the global generators: torch's, or on GPUs for top_p = 1 numpy's
+        # vLLM draws from global generators: on CPU from torch's, on GPUs a seed for each sequence from numpy's
         torch.manual_seed(number % 2**63)
         np.random.seed(number % 2**32)
         self._forget_prefixes()  # a cached prefix differs from one computed anew in the last bit

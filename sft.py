@@ -7,11 +7,10 @@ on the response alone.
 The result is a Hugging Face folder: train.py --model takes it.
 """
 
+import support.startup  # noqa: F401 (before torch is imported)
+
+# isort: split
 import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 import random
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import data
@@ -29,8 +28,9 @@ from episode import Episode
 from learner import learning_rate, micro_batch
 from model import compute_dtype, load_sharded, save_pretrained
 from support.arithmetic import tiny_model
-from support.ranks import from_rank_0, init_distributed, leave, refuse
+from support.ranks import check_gpus, from_rank_0, init_distributed, leave, refuse
 from support.settings import parse, setting
+from support.weights import local_folder
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
 
@@ -106,6 +106,7 @@ def finetune(policy, episodes, device, *, epochs, batch, micro_batch_size, peak,
 def main():
     world = int(os.environ.get("WORLD_SIZE", 1))
     try:
+        check_gpus()
         s, _ = parse(Settings, sys.argv[1:], __doc__, PRESETS, other={})
         problems = [p for p in data.load(s.dataset, s.prompt_template, s.chat)[0] if p.solution]
         if not problems:
@@ -119,7 +120,7 @@ def main():
                 f"--batch {s.batch} does not divide over {world} ranks: take a multiple of {world}"
             )
         if s.model is not None:
-            AutoConfig.from_pretrained(s.model)
+            local_folder(s.model)
     except (ValueError, OSError) as error:
         refuse("sft.py: " + str(error).split("\n")[0])
     device = init_distributed()
@@ -128,7 +129,7 @@ def main():
             if dist.get_rank() == 0:
                 tiny_model(scratch, s.seed)
             s.model = from_rank_0(scratch)  # once the model is in it
-        tokenizer = AutoTokenizer.from_pretrained(s.model)
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(s.model))
         episodes, skipped = sequences(problems, tokenizer, s.max_tokens, s.chat)
         if len(episodes) < world:
             fitting = f"{len(episodes)} of {len(episodes) + skipped} sequences"

@@ -13,12 +13,10 @@ Read `train` below first: Algorithm 1 of the paper. Then episode.py (the records
 docs/differences.md lists what differs from the paper.
 """
 
+import support.startup  # noqa: F401 (before torch is imported)
+
+# isort: split
 import os
-
-# read when torch is imported: idle threads that spin slow down the others
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 import random
 import sys
 from contextlib import suppress
@@ -34,7 +32,7 @@ from ppo import Trainer
 from steps import check_rule
 from support.checks import check, check_given
 from support.metrics import evaluation_metrics
-from support.ranks import init_distributed, leave, refuse
+from support.ranks import check_gpus, init_distributed, leave, refuse
 from support.run import Run
 from support.settings import parse, setting
 from support.watch import Stopped, Watch
@@ -131,7 +129,7 @@ PRESETS = {  # what differs from the values above; any other dataset has those, 
         model="runs/sft", iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4,
         temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None, learning_rate=1e-4,
         minibatch=32, micro_batch_tokens=4096, eval_every=20, eval_samples=2, eval_temperature=1.0,
-        eval_top_p=1.0, save_every=40, store_every=20,
+        eval_top_p=1.0, save_every=40, store_every=20, gpu_memory=0.1,  # a tiny model's cache has many blocks
     ),
 }  # fmt: skip
 
@@ -268,6 +266,7 @@ def evaluate_only(s, problems, watch):
 def main():
     first = os.environ.get("RANK", "0") == "0"
     try:
+        check_gpus()
         s = parse_settings(sys.argv[1:])
         check(s, int(os.environ.get("WORLD_SIZE", 1)))
         run = None if s.eval_only else Run(s)
@@ -283,6 +282,8 @@ def main():
     except (ValueError, OSError) as error:
         refuse(f"train.py: {error}")
     device = init_distributed()
+    if first:
+        print(f"starting the engine and loading {s.model}")
     with Watch(s.hang_timeout, s.tensor_parallel_size) as watch:
         parts = run, tokenizer, problems, test_problems, device
         code = train(s, *parts, watch) if run else evaluate_only(s, test_problems, watch)

@@ -12,11 +12,9 @@ of the wrong one falls faster. The reference of a round is the policy that sampl
 --rounds 1 that is DPO+ as published.
 """
 
-import os
+import support.startup  # noqa: F401 (before torch is imported)
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+# isort: split
 import random
 from dataclasses import dataclass
 

@@ -8,11 +8,9 @@ Every round starts again from the base model, so that what an early round taught
 the policy of the last round only samples.
 """
 
-import os
+import support.startup  # noqa: F401 (before torch is imported)
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+# isort: split
 import random
 from dataclasses import dataclass
 

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoConfig
 
 import data
 from grader import Grader
 from model import compute_dtype, full_tensors, load_tokenizer, save_pretrained
 from support.metrics import Phases, evaluation_metrics
-from support.ranks import init_distributed, leave, over_ranks, refuse
+from support.ranks import check_gpus, init_distributed, leave, over_ranks, refuse
 from support.settings import parse, setting
 from support.watch import Watch
+from support.weights import local_folder
 from train import PRESETS
 
 
@@ -76,6 +76,7 @@ def main(method, doc, settings_class, train_round):
     """
     world, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     try:
+        check_gpus()
         s, _ = parse(settings_class, sys.argv[1:], doc, PRESETS, other=dict(model=None))
         if s.batch % world:
             raise ValueError(
@@ -87,7 +88,7 @@ def main(method, doc, settings_class, train_round):
         splits = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = load_tokenizer(s)
         if getattr(s, "base_model", None):
-            AutoConfig.from_pretrained(s.base_model)
+            local_folder(s.base_model)
         training, test = data.encode_splits(splits, tokenizer, s, print if first else None)
     except (ValueError, OSError) as error:
         refuse(f"{method}: {str(error).splitlines()[0]}")

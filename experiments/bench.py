@@ -12,16 +12,10 @@ take turns, and the medians of their times count (growth: means); absolute numbe
 machine. Memory is the device's peak (on CPU the process's resident peak) above what it held before.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# freed memory leaves the process at once, so that its peak shows
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")
-
 import argparse
 import gc
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -32,10 +26,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+# freed memory leaves the process at once, so that its peak shows
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "experiments" / "results"
+import support.startup  # noqa: F401 (before torch is imported)
 
+# isort: split
 import torch
 
 import data
@@ -47,6 +44,7 @@ from ppo import Trainer
 from support.ranks import init_distributed, over_ranks
 from vine import Vine
 
+RESULTS = ROOT / "experiments" / "results"
 ON_GPU = torch.cuda.is_available()
 KEPT = dict(checkpoint_activations=False)  # as in naive.py
 

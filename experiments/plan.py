@@ -1,11 +1,13 @@
 """The memory that a run needs of each GPU, from the model's configuration alone: no weights are read.
 
     python experiments/plan.py --dataset math --gpus 8 [any option of train.py]
+    python experiments/plan.py --table      # how many GPUs models of some sizes need, as in docs/
 
 It says whether the run fits; the exit code is 1 if it does not. GPUs are counted as 8 to a machine.
 Parameters and optimizer are exact: FSDP2 gives every rank ceil(rows / ranks) rows of each
-parameter. What a forward and backward pass adds is an estimate (marked ~), which leaves out the
-allocator's fragments and NCCL's buffers, 2 to 4 GB.
+parameter. What a forward and backward pass adds at its fullest moment (marked ~) was counted on a
+trace of both of the paper's models (tests/test_trace.py). What CUDA, NCCL and the allocator's
+fragments take (REST) is a guess, since no GPU was at hand.
 """
 
 import argparse
@@ -16,13 +18,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import train
 from model import LOGITS
 
 GPU_BYTES = 80e9  # where there is no GPU to ask
 PER_MACHINE = 8  # GPUs
+REST = 4e9  # bytes of a GPU that are not counted
+
+SIZES = {  # of --table; Qwen2.5 and Llama 3.1, as published
+    "0.5B": Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, dtype="bfloat16",
+    ),
+    "1.5B": Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, dtype="bfloat16",
+    ),
+    "3B": Qwen2Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+        num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True, dtype="bfloat16",
+    ),
+    "7B": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False, dtype="bfloat16",
+    ),
+    "8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16",
+    ),
+}  # fmt: skip
 
 
 def numel(parameters):
@@ -47,17 +73,25 @@ def memory(config, s, ranks, gpu_bytes):
     shard, tokens, width = shard_size(model.parameters(), ranks), s.micro_batch_tokens, config.hidden_size
     networks = 2 if s.algorithm == "ppo" else 1  # the critic trains after the policy, but its shards stay
     state = {"weights, fp32": 4 * shard * networks, "AdamW, fp32": 8 * shard * networks}
-    largest = max(numel(layer.parameters()) for layer in layers)
-    inside = 2 * tokens * (8 * width + 4 * config.intermediate_size)  # a layer: they are recomputed
-    training = state | {
-        "gradients, fp32": 4 * shard,
-        "~ embedding and head gathered: bf16, its gradient in bf16 and fp32": 8 * numel(root),
-        "~ two layers gathered, one's gradient": (2 * 2 + 6) * largest,
+    layer, embedding = max(numel(x.parameters()) for x in layers), numel(root)
+    head = config.vocab_size * width
+    kept = {  # through the whole backward pass
+        "~ embedding and head gathered, bf16": 2 * embedding,
         "~ activations between the layers, bf16": 2 * tokens * width * len(layers),
-        "~ activations inside one layer, bf16": inside,
-        "~ logits of one chunk": 14 * min(LOGITS, tokens * config.vocab_size),
     }
-    sampling = state | {f"engine: --gpu_memory {s.gpu_memory} of the GPU": s.gpu_memory * gpu_bytes}
+    chunk = 14 * min(LOGITS, tokens * config.vocab_size)
+    logits = {"~ head's gradient, bf16": 2 * head, "~ logits of one chunk": chunk}
+    inside = {
+        "~ head's gradient, bf16": 2 * head,
+        "~ two layers gathered, bf16; one's gradient, bf16 and fp32": (2 * 2 + 2 + 4) * layer,
+        "~ activations inside one layer": 2 * tokens * (13 * width + 8 * config.intermediate_size),
+    }
+    end = {"~ embedding and head gathered, bf16; their gradients, bf16 and fp32": (2 + 2 + 4) * embedding}
+    fullest = max(kept | logits, kept | inside, end, key=lambda parts: sum(parts.values()))
+    rest = {"~ CUDA, NCCL, fragments": REST}
+    training = state | {"gradients, fp32": 4 * shard} | fullest | rest
+    engine = {f"engine: --gpu_memory {s.gpu_memory} of the GPU": s.gpu_memory * gpu_bytes}
+    sampling = state | engine | rest
     copy = (config.dtype or torch.float32).itemsize * numel(model.parameters())
     host = {"reference, bf16": 2 * shard, "~ one copy, while it loads": copy}
     return dict(training=training, sampling=sampling, host=host)
@@ -76,6 +110,26 @@ def kv_tokens(config, s, gpu_bytes):
     return int(left / (2 * 2 * config.num_hidden_layers * heads * size / s.tensor_parallel_size))
 
 
+def fits(needs, cached, s, gpu_bytes):
+    """Whether a GPU holds what memory says, and the KV cache at least one sequence."""
+    most = max(sum(needs[phase].values()) for phase in ("training", "sampling"))
+    return most <= gpu_bytes and cached >= s.max_sequence
+
+
+def table():
+    """The fewest of 1, 2, 4, 8 GPUs that are enough for each of SIZES, a Markdown table."""
+    s, memories = train.parse_settings(["--dataset", "math"]), (24, 48, 80, 141)
+    lines = [f"| parameters | {' | '.join(f'{m} GB' for m in memories)} |", "|---" * 5 + "|"]
+    for name, config in SIZES.items():
+        cells = []
+        for m in memories:
+            cached = kv_tokens(config, s, m * 1e9)
+            enough = [n for n in (1, 2, 4, 8) if fits(memory(config, s, n, m * 1e9), cached, s, m * 1e9)]
+            cells.append(str(enough[0]) if enough else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def report(config, s, world, local):
     """(text for the screen, whether it fits). world: GPUs in all; local: those of a machine."""
     gpu_bytes = GPU_BYTES
@@ -89,13 +143,12 @@ def report(config, s, world, local):
         text += ["", f"{phase:74}{sum(parts.values()) / 1e9:8.1f}"]
         text += [f"  {name:72}{size / 1e9:8.1f}" for name, size in parts.items()]
     cached = kv_tokens(config, s, gpu_bytes)
-    most = max(sum(needs[phase].values()) for phase in ("training", "sampling"))
-    fits = most <= gpu_bytes and cached >= s.max_sequence
+    enough = fits(needs, cached, s, gpu_bytes)
     cached = max(0, cached)
     sequences = f"{cached // s.max_sequence} sequences of --max_sequence {s.max_sequence} at a time"
     text += ["", f"KV cache: {cached} tokens, {sequences}"]
     advice = "raise the number of GPUs, or lower --micro_batch_tokens (training), --gpu_memory (sampling)"
-    return "\n".join([*text, "fits" if fits else f"does not fit: {advice}"]), fits
+    return "\n".join([*text, "fits" if enough else f"does not fit: {advice}"]), enough
 
 
 def parse(argv):
@@ -118,13 +171,15 @@ def parse(argv):
 
 
 def main():
+    if sys.argv[1:] == ["--table"]:
+        return print(table())
     try:
         gpus, s, config = parse(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"plan.py: {error}")
-    text, fits = report(config, s, gpus, min(gpus, PER_MACHINE))
+    text, enough = report(config, s, gpus, min(gpus, PER_MACHINE))
     print(text)
-    sys.exit(not fits)
+    sys.exit(not enough)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,10 @@ It writes experiments/results/values/NAME.json for each checkpoint; the pictures
 made from these files alone. Steps are the paper's, whatever --step_credit the run had.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
 import argparse
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -36,6 +32,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import support.startup  # noqa: F401 (before torch is imported)
+
 RESULTS = ROOT / "experiments" / "results" / "values"
 KS, GROUP = (1, 3, 9), 8
 ALTERNATIVES, TRIES = 5, 64  # distinct next steps ranked at a state, of this many continuations
@@ -652,10 +650,11 @@ def main():
     a = parser.parse_args()
     if a.draw:
         return draw(a.results)
-    from support.ranks import init_distributed, leave, refuse
+    from support.ranks import check_gpus, init_distributed, leave, refuse
     from support.watch import Watch
 
     try:
+        check_gpus()
         check(a)
     except ValueError as error:
         refuse(f"values.py: {error}")

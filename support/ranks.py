@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -42,6 +43,24 @@ def leave(code=0):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def check_gpus():
+    """Raise ValueError where the machine has GPUs that torch cannot use."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    command = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+    try:
+        found = subprocess.run(command.split(), capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    drivers = found.stdout.split() if found.returncode == 0 else []
+    if drivers:
+        what = f"nvidia-smi lists {len(drivers)} GPUs with driver {drivers[0]}, but torch {torch.__version__}"
+        needs = "cannot use them: it needs driver 580 or newer (CUDA 13)"
+        if not torch.version.cuda:
+            needs = "was built without CUDA: remove .venv and install again"
+        raise ValueError(f"{what} {needs}; an empty CUDA_VISIBLE_DEVICES runs on CPU")
 
 
 def refuse(message):

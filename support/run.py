@@ -130,6 +130,8 @@ class Run:
         """
         s, self.done = self.s, iteration + 1
         metrics = {"iteration": self.done} | self._measured(episodes) | metrics
+        if torch.cuda.is_available():
+            metrics["gpu_free_gb"] = min(over_ranks([torch.cuda.mem_get_info()[0] / 1e9]))
         if evaluated is not None:
             metrics |= evaluation_metrics(evaluated, self.engine.tensor_parallel)
             self.accuracy = metrics["accuracy"]

@@ -20,7 +20,7 @@ they react to:
               stop at its end, as after a signal
     hang      a rank is in a phase, does not wait for others and shows no progress for hang_timeout seconds; or it is
               frozen and silent for SILENT seconds
-    death     of a rank (its connection closes) or of torchrun, which would leave its ranks running
+    death     of a rank: its connection closes (startup.py sees to that of torchrun)
 
 The exit code is 128 + the number of the signal (SIGTERM 143, SIGINT 130), or 1.
 """
@@ -68,7 +68,6 @@ class Watch:
         self.failed, self.closing = False, False
         self.told = threading.Event()  # the others know of this rank's failure, or it of theirs:
         self.cause = None
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.SILENT))
         self.sharers = dist.new_subgroups(tensor_parallel)[0] if tensor_parallel > 1 else None
 
@@ -196,8 +195,6 @@ class Watch:
         signalled = None  # when this rank learned of a signal
         while True:
             time.sleep(self.EVERY)
-            if self.parent not in (None, os.getppid()):
-                self._end("torchrun is gone; this rank stops", 1)
             own = dict(stop=self.stop, signal=self.signal, phase=self.phase_name, beats=self.beats)
             own |= dict(waits=self.waits, failed=self.failed, closing=self.closing)
             ranks = [None] * self.world

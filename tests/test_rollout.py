@@ -22,7 +22,8 @@ def models(tiny_model, device, engine):
     with torch.no_grad():
         generator = torch.Generator().manual_seed(7)
         for parameter in other.parameters():
-            parameter.to_local().add_(0.05 * torch.randn(parameter.to_local().shape, generator=generator))
+            noise = 0.05 * torch.randn(parameter.to_local().shape, generator=generator)
+            parameter.to_local().add_(noise.to(device))
     engine.load_weights(full_tensors(model))
     return model, other
 
@@ -30,33 +31,37 @@ def models(tiny_model, device, engine):
 PROMPT = [1, *([5, 13, 6, 15, 7, 17, 8, 18] * 9)]  # longer than a block of the prefix cache
 
 
-def gap(engine, model, prompt=PROMPT):
+# largest gap of equal weights, and smallest of different ones
+EQUAL, DIFFERENT = (0.01, 0.02) if torch.cuda.is_available() else (1e-5, 1e-3)
+
+
+def gap(engine, model, device, prompt=PROMPT):
     """Mean |engine's - trainer's| log-probability of sampled tokens, as ppo's logprob_gap."""
     differences = []
     for c in generate(engine, [prompt], 8, 24, 0.7, logprobs=True)[0]:
         with torch.no_grad():
-            expected = model(micro_batch([Episode(prompt, response_ids=c.token_ids)], [0], "cpu"))
-        differences.append((expected - torch.tensor(c.logprobs)).abs())
+            expected = model(micro_batch([Episode(prompt, response_ids=c.token_ids)], [0], device))
+        differences.append((expected.cpu() - torch.tensor(c.logprobs)).abs())
     return torch.cat(differences).mean().item()
 
 
-def test_engine_and_trainer_agree_before_and_after_a_weight_sync(engine, models):
+def test_engine_and_trainer_agree_before_and_after_a_weight_sync(engine, models, device):
     model, other = models
-    assert gap(engine, model) < 1e-5
-    assert gap(engine, other) > 0.01  # a missed sync shows
+    assert gap(engine, model, device) < EQUAL
+    assert gap(engine, other, device) > DIFFERENT  # a missed sync shows
     engine.load_weights(full_tensors(other))
-    assert gap(engine, other) < 1e-5
+    assert gap(engine, other, device) < EQUAL
 
 
-def test_a_stale_prefix_cache_would_be_noticed(engine, models, monkeypatch):
+def test_a_stale_prefix_cache_would_be_noticed(engine, models, device, monkeypatch):
     model, other = models
-    assert gap(engine, model) < 1e-5  # the prompt is in the cache now
+    assert gap(engine, model, device) < EQUAL  # the prompt is in the cache now
     with monkeypatch.context() as patch:
         patch.setattr(engine.llm, "reset_prefix_cache", lambda: True)  # forgets to do it
         engine.load_weights(full_tensors(other))
-    assert gap(engine, other) > 1e-3
+    assert gap(engine, other, device) > DIFFERENT
     engine.load_weights(full_tensors(other))
-    assert gap(engine, other) < 1e-5
+    assert gap(engine, other, device) < EQUAL
 
 
 def test_a_refused_reset_of_the_prefix_cache_is_an_error(engine, models, monkeypatch):
@@ -102,7 +107,8 @@ def test_prefixes_come_from_the_cache(engine, models):
     generate(engine, [PROMPT + [5, 6]], 1, 2, 1.0)
     after = engine.prefix_cache_counts()
     assert after[0] - looked_up == 2 * len(PROMPT) + 2
-    assert after[1] - found == len(PROMPT) // 32 * 32  # whole blocks of 32 tokens
+    size = engine.llm.llm_engine.vllm_config.cache_config.block_size
+    assert after[1] - found == len(PROMPT) // size * size  # whole blocks
 
 
 def test_requests_may_come_while_others_are_written(engine, models):
@@ -117,7 +123,8 @@ def test_requests_may_come_while_others_are_written(engine, models):
         if engine.steps == start + 3:
             engine.submit(late, 1, 20, 0.0)
         done |= dict(engine.step())
-    assert [done[record][0].token_ids for record in (a, b, late)] == [c.token_ids for (c,) in alone]
+    if not engine.on_gpu:  # there sums depend on the batch, and with them the largest of close logits
+        assert [done[record][0].token_ids for record in (a, b, late)] == [c.token_ids for (c,) in alone]
     longest = max(len(c.token_ids) for (c,) in alone)
     assert longest <= engine.steps - start <= longest + 30  # beside each other, not one after the other
 

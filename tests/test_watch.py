@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, left_running, our_environment
 
 RANK = """
+import support.startup
 import os, signal, sys, time
 import torch.distributed as dist
 from support.ranks import init_distributed, leave
@@ -19,6 +20,10 @@ from support.watch import Stopped, Watch
 
 how, folder = sys.argv[1:]
 Watch.EVERY, Watch.SILENT, Watch.GRACE, Watch.AGAIN = 0.2, 6, 4, 0.3
+if how == "unmet":
+    open(f"{folder}/alive{os.environ['RANK']}", "w").close()
+    if os.environ["RANK"] == "1":
+        time.sleep(10**6)
 device = init_distributed()
 rank = dist.get_rank()
 with Watch(hang_timeout=3, tensor_parallel=2 if how == "pair" else 1) as watch:
@@ -184,8 +189,9 @@ def test_a_phase_that_does_not_end_is_cut_short(tmp_path):
     )
 
 
-def test_ranks_do_not_outlive_torchrun(tmp_path):
-    ranks = Ranks("plain", tmp_path)
+@pytest.mark.parametrize("how", ["unmet", "plain"])  # unmet: one still waits for the other to join
+def test_ranks_do_not_outlive_torchrun(how, tmp_path):
+    ranks = Ranks(how, tmp_path)
     ranks.wait_for("alive1")
     ranks.process.kill()
     code, _ = ranks.end()  # its helper sees that nothing is left

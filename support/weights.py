@@ -1,0 +1,85 @@
+"""The files of a model on this machine: downloaded once, and with its weights in safetensors files."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from safetensors.torch import save_file
+
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+PICKLES = "pytorch_model*.bin"
+
+
+@cache
+def local_folder(model):
+    """The folder of a model, given as a folder or hub name, with its weights in safetensors files.
+
+    A hub model is downloaded to the hub's cache; programs call this first where nothing limits how
+    long a download may take. Pickled weights are converted once, into HF_HOME/vineppo. They are read
+    with torch.load(weights_only=True), which builds tensors and runs no code. Raises OSError if the
+    model is not there, ValueError for weights of another kind or a pickle with more than tensors.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = download(model, FILES)
+        if not any(folder.glob("*.safetensors")):
+            download(model, PICKLES)
+    if any(folder.glob("*.safetensors")):
+        return str(folder)
+    pickles = sorted(folder.glob(PICKLES))
+    if not pickles:
+        raise ValueError(f"{model} has no weights: neither *.safetensors nor {PICKLES}")
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in pickles]
+    key = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
+    converted = Path(constants.HF_HOME) / "vineppo" / key
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{converted}.lock"):  # one rank of a machine converts, the others wait
+        if not converted.is_dir():
+            print(f"converting the weights of {model} to safetensors, into {converted}", flush=True)
+            draft = Path(f"{converted}.unfinished")
+            shutil.rmtree(draft, ignore_errors=True)
+            convert(folder, pickles, draft)
+            draft.rename(converted)
+    return str(converted)
+
+
+def download(model, patterns):
+    """Files of a hub model, none of its subfolders: the folder. One rank of a machine shows bars."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        enable_progress_bars()
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=["*/*"]))
+    finally:
+        disable_progress_bars()
+
+
+def convert(folder, pickles, target):
+    """Copy a model's files to a new folder, with its pickled weights as safetensors files."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file not in pickles:
+            shutil.copy(file, target)
+    places = {}
+    for file in pickles:
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{file} is refused: it is not a file of tensors alone ({why})") from None
+        name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        # tied weights share their memory, which safetensors does not store
+        save_file(
+            {key: x.clone().contiguous() for key, x in tensors.items()}, target / name, {"format": "pt"}
+        )
+        places |= dict.fromkeys(tensors, name)
+    if len(pickles) > 1:
+        index = json.dumps({"metadata": {}, "weight_map": places})
+        (target / "model.safetensors.index.json").write_text(index)

@@ -1,0 +1,90 @@
+"""Models on this machine: pickled weights are converted, and what could run code is refused."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
+
+from model import full_tensors, load_sharded
+from support import weights
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    weights.local_folder.cache_clear()
+    yield tmp_path / "cache" / "vineppo"
+    weights.local_folder.cache_clear()
+
+
+@pytest.fixture
+def pickled(tiny_model, tmp_path):
+    """(a folder with the tiny model's configuration, its weights, two of them in one memory)"""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    state = model.state_dict()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return folder, state
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights_are_converted_once(pickled, cache, device, shards):
+    folder, state = pickled
+    for i in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-0000{i + 1}-of-00002.bin"
+        torch.save(dict(list(state.items())[i::shards]), folder / name)
+    for name, tensor in full_tensors(load_sharded(folder, device)):
+        assert torch.equal(tensor.cpu(), state[name]), name
+    (converted,) = (path for path in cache.iterdir() if path.is_dir())
+    before = converted.stat().st_mtime_ns
+    weights.local_folder.cache_clear()
+    assert weights.local_folder(folder) == str(converted) and converted.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_pickles_are_downloaded_only_where_there_is_nothing_else(
+    safe, tiny_model, cache, tmp_path, monkeypatch
+):
+    """From a double of the hub, which gives the files that are asked for."""
+    hub, local = tmp_path / "hub", tmp_path / "local"
+    shutil.copytree(tiny_model, hub)
+    local.mkdir()
+    torch.save(AutoModelForCausalLM.from_pretrained(tiny_model).state_dict(), hub / "pytorch_model.bin")
+    if not safe:
+        (hub / "model.safetensors").unlink()
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        assert name == "own/model" and ignore_patterns == ["*/*"]
+        for file in hub.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr(weights, "snapshot_download", snapshot_download)
+    folder = weights.local_folder("own/model")
+    assert (folder == str(local)) == safe != (local / "pytorch_model.bin").exists()
+    assert AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).num_parameters() > 0
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["VINEPPO_HOSTILE"],)
+
+
+def test_a_pickle_that_would_run_code_is_refused(pickled, cache, device, tmp_path, monkeypatch):
+    folder, state = pickled
+    monkeypatch.setenv("VINEPPO_HOSTILE", str(tmp_path / "it_ran"))
+    torch.save(state | {"more": Hostile()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin is refused: it is not a file of tensors alone"):
+        load_sharded(folder, device)
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no weights"):
+        weights.local_folder(tmp_path)
