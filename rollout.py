@@ -33,6 +33,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from episode import Completion, Episode, State
 from grader import set_rewards, start_grading
+from support.ranks import drop_shared_memory
 from support.weights import local_folder
 
 
@@ -99,6 +100,7 @@ class Engine:
             max_sequences = max_sequences or (1024 if memory > 70 * 2**30 else 256)
             if max_sequences > 512:  # else larger steps would run without CUDA graphs, whose sizes step by 16
                 compilation["max_cudagraph_capture_size"] = -(-max_sequences // 16) * 16
+        drop_shared_memory(tensor_parallel)
         self.llm = LLM(
             local_folder(model),
             dtype="bfloat16" if bfloat16 else "float32",
@@ -250,7 +252,8 @@ class Engine:
         return counts["vllm:prefix_cache_queries"], counts["vllm:prefix_cache_hits"]
 
     def shutdown(self):
-        """Stop the engine; call it before the process group is destroyed."""
+        """Stop the engine, which destroys the process group."""
+        drop_shared_memory(self.tensor_parallel)
         self.llm.llm_engine.engine_core.shutdown()
 
 

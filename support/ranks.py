@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,20 @@ def leave(code=0):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def drop_shared_memory(size):
+    """Remove what vLLM on CPU has left of this rank's shared memory for a group of `size` ranks.
+
+    It is left behind by a process that was killed, or that leaves without Python's exit, and would
+    keep the next one from starting.
+    """
+    rank, folder = dist.get_rank(), Path("/dev/shm")
+    first = rank // size * size
+    ending = f"[{'-'.join(map(str, range(first, first + size)))}]-cpushm_{rank - first}"
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.name.endswith(ending):
+            file.unlink(missing_ok=True)
 
 
 def check_gpus():

@@ -7,6 +7,7 @@ import random
 import statistics
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,8 +382,11 @@ def test_two_ranks_that_share_an_engine(tmp_path, tiny_model):
         2,
     ]
     arguments += [*SMALL, "--model", tiny_model, "--tensor_parallel_size", 2]
+    left = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # as by a run that was killed
+    left.touch()
     done = torchrun(2, "train.py", *arguments, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
+    assert not left.exists()
     first, *lines = metrics_of(tmp_path / "run")
     assert [line["gradient_steps"] for line in lines] == [4, 8] and all(
         line["logprob_gap"] < 1e-4 for line in lines
