@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+EXACT = dict(bfloat16=False)  # also on a GPU: the references are float32 on CPU
 SHARED_DATA = ROOT.parent / "shared" / "data"  # GSM8K and a MATH sample, where they are at hand
 
 

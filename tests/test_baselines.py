@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import python, torchrun
+from conftest import EXACT, python, torchrun
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
@@ -114,6 +114,7 @@ def test_a_critic_step_is_plain_torch(tiny_model, device, micro_batch_tokens):
         micro_batch_tokens=micro_batch_tokens,
         epochs=1,
         max_grad_norm=1.0,
+        loading=EXACT,
     )
     network.set_advantages(episodes)
     for e in episodes:
@@ -148,7 +149,7 @@ def test_a_critic_step_is_plain_torch(tiny_model, device, micro_batch_tokens):
     assert metrics["value_loss"] == pytest.approx((loss / tokens).item(), rel=1e-4)
     for name, tensor in full_tensors(network.model):
         expected = plain.state_dict()[name]
-        assert (tensor - expected).norm() <= 2e-3 * (expected - start[name]).norm() + 1e-9, name
+        assert (tensor.cpu() - expected).norm() <= 2e-3 * (expected - start[name]).norm() + 1e-9, name
 
 
 def test_a_critic_learns_what_can_be_told_from_the_prompt_and_is_restored(tiny_model, device, tmp_path):
@@ -156,7 +157,7 @@ def test_a_critic_learns_what_can_be_told_from_the_prompt_and_is_restored(tiny_m
     goes from 0 to near 1.
     """
     rng = random.Random(0)
-    settings = dict(total_steps=60, learning_rate=1e-3, minibatch=16, epochs=2)
+    settings = dict(total_steps=60, learning_rate=1e-3, minibatch=16, epochs=2, loading=EXACT)
     network = critic.Critic(tiny_model, device, **settings)
     explained = []
     for _ in range(15):
@@ -250,7 +251,7 @@ def test_a_dpo_round_widens_the_margin_and_matches_plain_log_probabilities(tiny_
         logprobs = plain(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         return logprobs[len(e.prompt_ids) - 1 :].sum().item()
 
-    model = load_sharded(tiny_model, device)
+    model = load_sharded(tiny_model, device, **EXACT)
     with torch.no_grad():
         before = margin(lambda e: dpo.response_logprobs(model, [e], device).item())
         assert before == pytest.approx(margin(by_plain_torch), abs=1e-3)
@@ -266,8 +267,9 @@ def trained(model, device, rank=0, world=1):
     """
     share = episodes_for_the_critic()[rank::world]
     network = critic.Critic(
-        model, device, total_steps=4, learning_rate=1e-2, minibatch=4, micro_batch_tokens=1, epochs=2
-    )
+        model, device, total_steps=4, learning_rate=1e-2, minibatch=4, micro_batch_tokens=1, epochs=2,
+        loading=EXACT,
+    )  # fmt: skip
     with torch.no_grad():
         network.model.network.score.weight.add_(0.01)
     for _ in range(2):
@@ -285,17 +287,18 @@ def trained(model, device, rank=0, world=1):
             cap=2,
         )
         policies.append(module.train_round(s, episodes, None, device)[0])
-    return [{name: tensor.clone() for name, tensor in full_tensors(policy)} for policy in policies]
+    return [{name: x.to("cpu", copy=True) for name, x in full_tensors(policy)} for policy in policies]
 
 
 def test_two_ranks_train_the_baselines_as_one_does(tiny_model, device, tmp_path):
     done = torchrun(2, __file__, tiny_model, tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr
     start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    error = 1e-2 if device.type == "cpu" else 0.1  # of the change; the rounds compute in bf16 on a GPU
     for got, expected in zip(torch.load(tmp_path / "two.pt"), trained(tiny_model, device), strict=True):
         for name, tensor in expected.items():
             change = (tensor - start.get(name, 0.0)).norm()
-            assert change > 1e-3 and (got[name] - tensor).norm() < 1e-2 * change, name
+            assert change > 1e-3 and (got[name] - tensor).norm() < error * change, name
 
 
 # --- whole loops on a problem that is learnt in seconds: a response is right if it begins with 7 ---

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import python
+from conftest import EXACT, python
 from transformers import AutoModelForCausalLM
 
 import train
@@ -257,7 +257,8 @@ def test_the_limit_of_large_k_takes_out_what_falls_as_one_over_k():
 
 def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, device):
     """One after the other, as for several estimators on the same responses; against plain autograd."""
-    policy, plain = load_sharded(tiny_model, device), AutoModelForCausalLM.from_pretrained(tiny_model)
+    policy = load_sharded(tiny_model, device, **EXACT)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
     episodes = [Episode([1, 4 + i], response_ids=[5, 6 + i, 7]) for i in range(3)]
     for advantages in ([[1.0, 0.5, -1.0]] * 3, [[0.0] * 3, [2.0, 0.0, 0.0], [0.0, -1.0, 0.0]]):
         plain.zero_grad()
@@ -297,7 +298,7 @@ def test_the_plain_trainer_of_the_benchmark_makes_the_same_update(tiny_model, de
         zeros = [0.0] * n
         episodes.append(Episode(prompt, response_ids=response, advantages=advantages, engine_logprobs=zeros))
     options = dict(learning_rate=1e-3, minibatch=4, epochs=1)
-    ours = Trainer(tiny_model, device, total_steps=1, **options)
+    ours = Trainer(tiny_model, device, total_steps=1, loading=EXACT, **options)
     plain = naive.Trainer(tiny_model, device, micro_batch=2, **options)
     before = {name: p.clone() for name, p in plain.model.named_parameters()}
     ours.update(episodes)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import python, torchrun
+from conftest import EXACT, python, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -29,8 +29,6 @@ import ppo
 from episode import Episode
 from model import ChunkedLogprobs, device_mesh, full_tensors, load_sharded, save_pretrained, token_entropy
 from support.ranks import init_distributed, leave
-
-EXACT = dict(bfloat16=False)  # also on a GPU: the references are float32 on CPU
 
 
 def random_tokens(count=15, seed=0):
