@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXACT, python, torchrun
+from conftest import EXACT, GAP, python, torchrun
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
@@ -392,7 +392,7 @@ def test_two_ranks_that_share_an_engine(tmp_path, tiny_model):
     assert not left.exists()
     first, *lines = metrics_of(tmp_path / "run")
     assert [line["gradient_steps"] for line in lines] == [4, 8] and all(
-        line["logprob_gap"] < 1e-4 for line in lines
+        line["logprob_gap"] < GAP for line in lines
     )
     # nothing is right, so every advantage is 0 and only the KL penalty is left, which is 0 at the start
     assert all(line["reward"] == 0 and line["zero_advantages"] == 1 for line in lines)
