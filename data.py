@@ -62,7 +62,13 @@ def load(dataset, template=None, chat=False):
             need = "a single file needs at least two, one to train on and one to test on"
             raise ValueError(f"{path} has one row: {need}")
         held_out = range(9, len(numbered), 10) if len(numbered) >= 10 else [len(numbered) - 1]
-        rows = [[row for i, row in enumerate(numbered) if i not in held_out], [numbered[i] for i in held_out]]
+        texts = [str(_text(row)) for _, row in numbered]
+        tested = {texts[i] for i in held_out}  # other rows of these problems are held out with them
+        if tested == set(texts):  # or none would be left to train on
+            texts, tested = range(len(numbered)), held_out
+        rows = [[], []]
+        for text, row in zip(texts, numbered):
+            rows[text in tested].append(row)
     elif path.suffix in FILE_TYPES or len(path.parts) > 1:
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     else:
@@ -99,8 +105,17 @@ def encode(problems, tokenizer, max_prompt, chat=False):
     else:
         texts = [p.prompt for p in problems]
     ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a chat template writes its own BOS
+    ids = [_to_be_continued(i, text, tokenizer) for i, text in zip(ids, texts)]
     kept = [replace(p, prompt_ids=i) for p, i in zip(problems, ids) if len(i) <= max_prompt]
     return kept, len(problems) - len(kept)
+
+
+def _to_be_continued(ids, text, tokenizer):
+    """The ids of a prompt without an EOS that the tokenizer appends, and with BOS once."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is not None and ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def encode_splits(splits, tokenizer, s, say=None):
@@ -113,14 +128,33 @@ def encode_splits(splits, tokenizer, s, say=None):
     encoded, skipped = zip(*(encode(problems, tokenizer, limit, s.chat) for problems in splits))
     if not all(encoded):
         raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {limit} tokens")
+    if say:
+        _say_what_repeats(encoded, say)
     if sum(skipped) and say:
         say(f"skipped {sum(skipped)} problems: their prompts are longer than --max_sequence - --max_tokens")
     return encoded
 
 
+def _say_what_repeats(splits, say):
+    """Problems of the test split that are trained on, and those with more than one gold answer."""
+    train, test = ({p.prompt for p in split} for split in splits)
+    if train & test:
+        say(f"{len(train & test)} of {len(test)} test problems are training problems too")
+    answers = {}
+    for p in (p for split in splits for p in split):
+        answers.setdefault(p.prompt, set()).add(p.answer)
+    differ = [prompt for prompt, golds in answers.items() if len(golds) > 1]
+    if differ:
+        say(f"{len(differ)} problems have more than one gold answer, the first: {differ[0][:60]!r}")
+
+
+def _text(row):
+    return row.get("problem") or row.get("question")
+
+
 def _problem(where, row):
     """Problem of one row; its prompt is still the bare problem text."""
-    text = row.get("problem") or row.get("question")
+    text = _text(row)
     if not isinstance(text, str) or not text.strip():
         found = ", ".join(map(str, row)) or "none"
         raise ValueError(f"{where} has no problem: needs a column problem or question, found {found}")

@@ -73,7 +73,7 @@ class Settings:
     prompts_per_iteration: int = setting(64, "problems drawn, with replacement", min=1)
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
     temperature: float = setting(
-        0.6, "of responses and rollouts; the trainer's logits are divided by it too", above=0
+        0.6, "of responses and rollouts; the trainer's logits are divided by it too", min=0.01
     )
     top_p: float = setting(0.9, "nucleus of responses and rollouts", above=0, max=1)
     max_tokens: int = setting(
@@ -139,6 +139,7 @@ def parse_settings(argv):
     s, given = parse(Settings, argv, __doc__, PRESETS, other=dict(model=None))
     check_given(s, given)
     check_rule(s.step_credit)
+    s.stop = s.stop and s.stop.replace("\\n", "\n")  # as a shell passes on what --help shows
     s.run_dir = s.run_dir or f"runs/{Path(s.dataset).resolve().stem or 'data'}"
     return s
 

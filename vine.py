@@ -53,7 +53,7 @@ class Vine(Estimator):
 
     def __init__(self, engine, grader, s):
         self.engine, self.grader, self.s = engine, grader, s
-        self.known = {}  # (prompt ids, prefix ids) -> State, of this engine's responses
+        self.known = {}  # (prompt ids, prefix ids, gold) -> State, of this engine's responses
         self.guests = []  # states of other engines' responses that this engine values
 
     def start(self, episode):
@@ -112,7 +112,7 @@ class Vine(Estimator):
 def states_of(episode, known, max_steps=None, home=0):
     """The states s_t, t = 0..T-1, of an episode whose boundaries are set; None from max_steps on.
 
-    known: {(prompt ids, prefix ids): State}, to which the states are added that are new. Their ids
+    known: {(prompt ids, prefix ids, gold answer): State}, to which the new ones are added. Their ids
     are cut out of the sampled ones, never tokenized again. max_steps: max_step_for_value_estimation
     of the released configs.
     """
@@ -121,7 +121,7 @@ def states_of(episode, known, max_steps=None, home=0):
         if max_steps is not None and t >= max_steps:
             states.append(None)
             continue
-        key = tuple(prompt), tuple(ids[:cut])
+        key = tuple(prompt), tuple(ids[:cut]), episode.answer
         if key not in known:
             rest = len(ids) - cut
             known[key] = State(prompt, ids[:cut], episode.answer, rest, home, number=len(known))

@@ -30,6 +30,8 @@ def check(s, world):
     need(world % size == 0, f"--tensor_parallel_size {size} is no divisor of the {world} ranks")
     few = f"--algorithm {s.algorithm}: --responses_per_prompt 1 must be at least 2, to compare them"
     need(s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"), few)
+    low = f"--eval_temperature {s.eval_temperature} must be 0 or at least 0.01, which vLLM takes it for"
+    need(s.eval_temperature == 0 or s.eval_temperature >= 0.01, low)
     greedy = "--eval_temperature 0 gives one and the same response: add --eval_samples 1"
     need(s.eval_temperature > 0 or s.eval_samples == 1, greedy)
     room = f"--max_tokens {s.max_tokens} leaves no room for prompts in --max_sequence {s.max_sequence}"

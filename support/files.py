@@ -29,21 +29,23 @@ def read_rows(path):
                 for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
             ]
         elif path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as f:
+            with open(path, newline="", encoding="utf-8-sig") as f:
                 reader = csv.DictReader(f, strict=True)
-                for row in reader:
-                    if None in row or None in row.values():
-                        raise ValueError(
-                            f"line {reader.line_num} does not have the header's {len(reader.fieldnames)} fields"
-                        )
-                    rows.append((f"{path} line {reader.line_num}", row))
+                try:
+                    for row in reader:
+                        if None in row or None in row.values():
+                            fields = f"does not have the header's {len(reader.fieldnames)} fields"
+                            raise ValueError(f"line {reader.line_num} {fields}")
+                        rows.append((f"{path} line {reader.line_num}", row))
+                except csv.Error as error:
+                    raise ValueError(f"after line {reader.line_num}: {error}") from None
         elif path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(content, list):
                 raise ValueError("the file is not a list of objects")
             rows = [(f"{path} item {i}", row) for i, row in enumerate(content, 1)]
         elif path.suffix == ".jsonl":
-            for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            for i, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
                 if line.strip():
                     try:
                         rows.append((f"{path} line {i}", json.loads(line)))
@@ -51,7 +53,7 @@ def read_rows(path):
                         raise ValueError(f"line {i}: {error.msg} at column {error.colno}") from None
         else:
             raise ValueError(f"unknown file type {path.suffix!r}, use {', '.join(FILE_TYPES)}")
-    except (ValueError, csv.Error) as error:  # pyarrow's and json's errors are ValueErrors too
+    except ValueError as error:  # pyarrow's and json's errors are ValueErrors too
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not rows:
         raise ValueError(f"{path} is empty: it needs one problem a row")

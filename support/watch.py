@@ -13,9 +13,10 @@ them, with the reason.
 A thread of each rank exchanges its rank's state with the threads of the others once a second. What
 they react to:
 
-    signal    SIGTERM or SIGINT to any rank stops all of them: at once before `graceful` is set, later at the end of
-              the next phase that can stop. Another signal at least AGAIN seconds later ends the process at once. (One
-              that comes sooner may be the same: a scheduler signals all processes, then torchrun signals its ranks.)
+    signal    SIGTERM, SIGINT or SIGHUP to any rank stops all of them: at once before `graceful` is set, later at the
+              end of the next phase that can stop. Another signal at least AGAIN seconds later ends the process at
+              once. (One that comes sooner may be the same: a scheduler signals all processes, then torchrun signals
+              its ranks.)
     failure   an exception ends its rank with the reason, and the other ranks too; in a phase that can stop, all ranks
               stop at its end, as after a signal
     hang      a rank is in a phase, does not wait for others and shows no progress for hang_timeout seconds; or it is
@@ -38,6 +39,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Stopped(Exception):
@@ -152,7 +155,7 @@ class Watch:
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)  # a signal is noticed even while the main thread waits in compiled code
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, args=(read,), daemon=True).start()
         self.thread = threading.Thread(target=self._exchange, daemon=True)
@@ -185,7 +188,7 @@ class Watch:
         first = None  # when the first signal came
         while True:
             for number in os.read(pipe, 64):
-                if number in (signal.SIGTERM, signal.SIGINT):
+                if number in SIGNALS:
                     if not self.graceful or first and time.monotonic() - first > self.AGAIN:
                         os._exit(128 + number)
                     first, self.signal, self.stop = first or time.monotonic(), number, True

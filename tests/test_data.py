@@ -1,10 +1,13 @@
 """Datasets load, templates fill, and every bad file gets one line that says where and what."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 import data
 
@@ -244,3 +247,49 @@ def test_arbitrary_bytes_never_crash_the_reader(tmp_path_factory, content):
         data.load(path)
     except ValueError as error:
         assert "\n" not in str(error)
+
+
+# --- files and tokenizers of other people ---
+
+
+def test_a_csv_of_a_spreadsheet_has_a_byte_order_mark(tmp_path):
+    (tmp_path / "d.csv").write_text("problem,answer\n1+1?,2\n2+2?,4\n", encoding="utf-8-sig")
+    assert [p.answer for split in data.load(tmp_path / "d.csv") for p in split] == ["2", "4"]
+
+
+def test_a_broken_csv_names_the_line(tmp_path):
+    (tmp_path / "d.csv").write_text('problem,answer\n1+1?,2\n"2+2?"x,4\n')
+    with pytest.raises(ValueError, match="after line 2"):
+        data.load(tmp_path / "d.csv")
+
+
+def test_rows_of_one_problem_are_held_out_together(tmp_path):
+    rows = [{"problem": f"{i % 12}+1?", "answer": str(i % 12 + 1)} for i in range(36)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, test = data.load(tmp_path / "d.jsonl")
+    assert len(train) + len(test) == 36 and test
+    assert not {p.prompt for p in train} & {p.prompt for p in test}
+
+
+def test_what_repeats_is_said(tmp_path, tokenizer):
+    rows = dict(train=[("1+1?", "2"), ("1+1?", "3"), ("2+2?", "4")], test=[("2+2?", "4"), ("3+3?", "6")])
+    for split, found in rows.items():
+        lines = [json.dumps(dict(problem=problem, answer=answer)) for problem, answer in found]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    said, settings = [], SimpleNamespace(max_sequence=100, max_tokens=10, chat=False)
+    data.encode_splits(data.load(tmp_path), tokenizer, settings, said.append)
+    assert said[0] == "1 of 2 test problems are training problems too"
+    assert said[1].startswith("1 problems have more than one gold answer, the first:") and "1+1?" in said[1]
+
+
+def test_a_prompt_ends_without_eos_and_begins_with_bos_once(tokenizer):
+    """Whatever the tokenizer appends, and also where a template brings BOS along."""
+    plain = tokenizer("1+1?\n")["input_ids"]
+    adds, bos, eos = copy.deepcopy(tokenizer), tokenizer.bos_token, tokenizer.eos_token
+    ids = [(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]
+    template = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=ids)
+    adds.backend_tokenizer.post_processor = template
+    assert adds("1+1?\n")["input_ids"] == [*plain, tokenizer.eos_token_id]
+    for prompt in ("1+1?\n", f"{bos}1+1?\n"):
+        (found,), _ = data.encode([data.Problem(prompt, "2")], adds, 100)
+        assert found.prompt_ids == plain

@@ -360,7 +360,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
         "--step_credit line is not known: use paper, newline, sentence, or tokens:N",
     ),
     ("--model {model} --top_p 1.5", 1, "--top_p 1.5 must be above 0 and at most 1"),
-    ("--model {model} --temperature 0", 1, "--temperature 0.0 must be above 0"),
+    ("--model {model} --temperature 0", 1, "--temperature 0.0 must be at least 0.01"),
     ("--model {model} --iterations 0", 1, "--iterations 0 must be at least 1"),
     ("--model {model} --iterations 5 --eval_only", 1, "--eval_only trains nothing: leave out --iterations"),
     ("--model {model} --eval_only --resume", 1, "--eval_only and --resume exclude each other"),
@@ -381,6 +381,8 @@ BAD_INPUT = [  # arguments, ranks, what the message says
         1,
         "--eval_temperature 0 gives one and the same response: add --eval_samples 1",
     ),
+    ("--model {model} --temperature 0.005", 1, "--temperature 0.005 must be at least 0.01"),
+    ("--model {model} --eval_temperature 0.005", 1, "--eval_temperature 0.005 must be 0 or at least 0.01"),
     ("--model {model} --eval_every -1", 1, "--eval_every -1 must be at least 0"),
     ("--model {model} --resume", 1, "holds no checkpoint"),
     ("--model {model} --prompt_template x", 1, "has no {problem} in it"),
@@ -434,6 +436,11 @@ def test_the_run_folder_of_a_dataset_stays_inside_of_runs():
     for dataset in ("..", ".", "/", "a/../..", "math"):
         folder = Path(train.parse_settings(["--dataset", dataset]).run_dir)
         assert folder.parts[0] == "runs" and len(folder.parts) == 2 and ".." not in folder.parts, dataset
+
+
+def test_a_stop_string_may_be_written_as_help_shows_it():
+    s = train.parse_settings(["--dataset", "math", "--stop", r"\n\nProblem:"])
+    assert s.stop == "\n\nProblem:"
 
 
 def test_bad_input_from_the_shell(tmp_path):

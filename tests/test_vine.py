@@ -89,6 +89,14 @@ def test_each_distinct_state_is_estimated_once():
         assert first.prefix_ids == [] and others == [None] * (len(e.boundaries) - 2)
 
 
+def test_states_of_one_problem_with_two_gold_answers_are_two():
+    known = {}
+    for answer in ("7", "8"):
+        e = Episode([1, 2], answer=answer, response_ids=[5, 6], boundaries=[0, 1, 2])
+        assert [state.answer for state in vine.states_of(e, known)] == [answer] * 2
+    assert len(known) == 4
+
+
 def test_importing_the_estimator_and_the_update_imports_no_vllm():
     code = "import sys, vine, ppo, steps, grader, model; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(vine.__file__).parent).returncode == 0

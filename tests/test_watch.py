@@ -154,13 +154,15 @@ def test_a_signal_to_torchrun_stops_both_at_the_same_place(how, number, tmp_path
     assert code != 0 and len(set(ranks.saved())) == 1 == len(ranks.saved()) - 1, output
 
 
-def test_a_signal_to_one_rank_stops_both_with_the_documented_code(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # the second: its terminal is closed
+def test_a_signal_to_one_rank_stops_both_with_the_documented_code(number, tmp_path):
     ranks = Ranks("plain", tmp_path)
     ranks.wait_for("alive1")
-    os.kill(left_running(ranks.marker, "rank.py", rank=1)[0], signal.SIGTERM)
+    os.kill(left_running(ranks.marker, "rank.py", rank=1)[0], number)
     code, output = ranks.end()
     assert code != 0 and len(set(ranks.saved())) == 1 == len(ranks.saved()) - 1
-    assert "exitcode  : 143" in output or "exitcode: 143" in output, output
+    expected = 128 + number
+    assert f"exitcode  : {expected}" in output or f"exitcode: {expected}" in output, output
 
 
 def test_a_second_signal_ends_at_once_and_one_before_there_is_anything_to_save_too(tmp_path):
