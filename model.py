@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from support.weights import local_folder
+from support.pretrained import check_config, generation_config, local_folder
 
 # --- the policy ---
 
@@ -190,13 +190,12 @@ def load_sharded(
     no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))}
     for name, value in (no_dropout | options).items():
         setattr(config, name, value)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None):
-            raise ValueError(f"{path}: its head's output is changed by {name}, which is not built here")
+    check_config(config, path)
     network = architecture.from_pretrained(
         local_folder(path), config=config, dtype="auto" if trainable else compute, attn_implementation="packed",
         trust_remote_code=trust_remote_code, use_safetensors=True,
     )  # fmt: skip
+    network.generation_config = generation_config(path) or network.generation_config
     network.requires_grad_(trainable).train(trainable)
     if trainable and (on_gpu if checkpoint_activations is None else checkpoint_activations):
         network.gradient_checkpointing_enable()
@@ -211,28 +210,6 @@ def load_sharded(
         # a layer becomes fp32 just before it is sharded: no rank ever holds the whole model in fp32
         fully_shard(module.float() if trainable else module, **sharding)
     return model
-
-
-def load_tokenizer(s):
-    """The tokenizer of s.model, whose files are on this machine then.
-
-    s: settings with dataset, model, max_sequence and perhaps trust_remote_code. Raises ValueError for
-    a model that is not there, or that a run could not use.
-    """
-    path, trust = s.model, getattr(s, "trust_remote_code", False)
-    if not path:
-        raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        limit = getattr(config, "max_position_embeddings", None) or s.max_sequence
-        if s.max_sequence <= limit:  # else before anything large is downloaded
-            return AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        hint = "run `python sft.py` first, or " if path == "runs/sft" else ""
-        advice = f"{hint}name a Hugging Face folder or hub model"
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--model {path} cannot be loaded: {advice} ({why})") from None
-    raise ValueError(f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}")
 
 
 # --- saving ---

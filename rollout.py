@@ -33,8 +33,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from episode import Completion, Episode, State
 from grader import set_rewards, start_grading
+from support.pretrained import local_folder
 from support.ranks import drop_shared_memory
-from support.weights import local_folder
 
 
 def episodes_for(problems, n):
@@ -83,7 +83,7 @@ class Engine:
         self, model, *, max_sequence, stop=(), bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1,
         trust_remote_code=False, on_step=None,
     ):  # fmt: skip
-        self.on_gpu, self.stop, self.on_step = torch.cuda.is_available(), list(stop), on_step
+        self.on_gpu, self.on_step = torch.cuda.is_available(), on_step
         self.asleep = False
         self.tensor_parallel = tensor_parallel
         self.engines = dist.get_world_size() // tensor_parallel
@@ -120,6 +120,7 @@ class Engine:
             disable_log_stats=False,  # counts the prefix cache's hits
         )
         self.tokenizer = self.llm.get_tokenizer()
+        self.stop, self.stop_ids = split_stops(stop, self.tokenizer)
         self.max_sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         # the sampler's kernels are compiled at the first step, which takes seconds on a GPU: here, not in a phase
         self.submit(State([0], []), n=1, max_tokens=1, temperature=0.5, top_p=0.5, logprobs=True)
@@ -155,6 +156,7 @@ class Engine:
         """
         params = SamplingParams(
             n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=self.stop or None,
+            stop_token_ids=self.stop_ids,
             detokenize=bool(self.stop), logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
@@ -255,6 +257,12 @@ class Engine:
         """Stop the engine, which destroys the process group."""
         drop_shared_memory(self.tensor_parallel)
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def split_stops(stop, tokenizer):
+    """(stop strings, token ids) of stop strings: special tokens, which no decoded text has, are ids."""
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [x for x in stop if x not in special], [special[x] for x in stop if x in special]
 
 
 def shut_down(engine, grader, watch):

@@ -28,9 +28,9 @@ from episode import Episode
 from learner import learning_rate, micro_batch
 from model import compute_dtype, load_sharded, save_pretrained
 from support.arithmetic import tiny_model
+from support.pretrained import local_folder
 from support.ranks import check_gpus, from_rank_0, init_distributed, leave, refuse
 from support.settings import parse, setting
-from support.weights import local_folder
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
 

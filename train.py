@@ -27,11 +27,11 @@ from transformers.utils import logging
 
 import data
 from grader import Grader
-from model import load_tokenizer
 from ppo import Trainer
 from steps import check_rule
 from support.checks import check, check_given
 from support.metrics import evaluation_metrics
+from support.pretrained import load_tokenizer
 from support.ranks import check_gpus, init_distributed, leave, refuse
 from support.run import Run
 from support.settings import parse, setting
@@ -196,6 +196,10 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
     trainer = make_trainer(s, device, whiten=estimator.whiten)
     watch.follow(trainer.policy, trainer.reference, *estimator.networks)
     run.join(watch, engine, grader, trainer, estimator, tokenizer)
+    engine.load_weights(watch.each(trainer.weights()))
+    if not run.engine_agrees(problems):
+        shut_down(engine, grader, watch)
+        return 1
     engine.load_weights(watch.each(trainer.weights()))
     watch.graceful = True
     try:

@@ -17,12 +17,12 @@ import torch.distributed as dist
 
 import data
 from grader import Grader
-from model import compute_dtype, full_tensors, load_tokenizer, save_pretrained
+from model import compute_dtype, full_tensors, save_pretrained
 from support.metrics import Phases, evaluation_metrics
+from support.pretrained import load_tokenizer, local_folder
 from support.ranks import check_gpus, init_distributed, leave, over_ranks, refuse
 from support.settings import parse, setting
 from support.watch import Watch
-from support.weights import local_folder
 from train import PRESETS
 
 

@@ -39,8 +39,9 @@ import data
 import train
 from episode import Episode, State
 from grader import Grader
-from model import ChunkedLogprobs, compute_dtype, full_tensors, load_sharded, load_tokenizer
+from model import ChunkedLogprobs, compute_dtype, full_tensors, load_sharded
 from ppo import Trainer
+from support.pretrained import load_tokenizer
 from support.ranks import init_distributed, over_ranks
 from vine import Vine
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from episode import Episode
 from support import run_folder
 from support.metrics import Phases, Report, evaluation_metrics, iteration_metrics, rounded
 from support.ranks import from_rank_0, over_ranks
@@ -77,6 +78,23 @@ class Run:
             estimator.load(self.checkpoint / "state")
             where = f"resumes after iteration {self.done}, from {self.checkpoint}"
             self.say("; ".join([where, *self.changed]))
+
+    def engine_agrees(self, problems):
+        """Whether engine and trainer compute alike, before anything is trained; says it if they do not.
+
+        On 16 tokens to each of 4 problems. The engine sleeps afterwards.
+        """
+        episodes = [Episode(p.prompt_ids) for p in problems[:4]]
+        for e in episodes:
+            self.engine.submit(e, 1, min(16, self.s.max_tokens), 1.0, logprobs=True)
+        while self.engine.running:
+            for e, completions in self.engine.step():
+                e.take(completions)
+        self.engine.sleep()
+        _, _, metrics = self.trainer.score(episodes)
+        if text := self._disagreement(metrics["logprob_gap"]):
+            self.say(text)
+        return not text
 
     def say(self, message):
         if self.first:
@@ -168,20 +186,26 @@ class Run:
             if metrics.get(name):
                 why = "a loss or gradient was not finite, or the mean ratio was too large"
                 self.say(f"{metrics[name]} {name.replace('_', ' ')}: {why}")
-        limit = GAP[self.trainer.dtype]
-        if metrics["logprob_gap"] <= limit:  # false for NaN
+        text = self._disagreement(metrics["logprob_gap"])
+        if not text:
             return
-        text = (
-            "ENGINE AND TRAINER DISAGREE: their log-probabilities of the sampled tokens differ by "
-            f"{metrics['logprob_gap']:.2g} on average, more than {limit:g}. Likely causes: the new weights did not "
-            "reach the engine; cached prefixes of older weights; an architecture that vLLM and transformers "
-            "compute differently (attention window, rope scaling); low-precision kernels."
-        )
         if self.s.strict:
             raise RuntimeError(text)
         if not self.warned:
             self.say(text)
         self.warned = True
+
+    def _disagreement(self, gap):
+        """What to say of a logprob_gap: "" if it is small."""
+        limit = GAP[self.trainer.dtype]
+        if gap <= limit:  # false for NaN
+            return ""
+        return (
+            "ENGINE AND TRAINER DISAGREE: their log-probabilities of the sampled tokens differ by "
+            f"{gap:.2g} on average, more than {limit:g}. Likely causes: the new weights did not "
+            "reach the engine; cached prefixes of older weights; an architecture that vLLM and transformers "
+            "compute differently (attention window, rope scaling, mixture of experts); low-precision kernels."
+        )
 
     def _show(self, metrics):
         shown = dict(

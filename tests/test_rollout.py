@@ -2,15 +2,21 @@
 missed sync or a stale cache shows.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from conftest import EXACT
 from transformers import AutoModelForCausalLM
 
+import data
+import ppo
 from episode import Episode, State
 from experiments.bench import generate
 from learner import micro_batch
 from model import full_tensors, load_sharded
+from support.run import Run
 
 
 @pytest.fixture
@@ -211,3 +217,31 @@ def test_requests_wait_outside_of_an_engine_that_is_full(engine, models, monkeyp
         ended += [record for record, _ in engine.step()]
         assert len(engine.running) <= 2
     assert sorted(map(states.index, ended)) == list(range(5)) and not engine.waiting
+
+
+def test_a_model_that_the_engine_computes_otherwise_is_noticed_before_training(
+    engine, models, tiny_model, device, capsys
+):
+    run = object.__new__(Run)
+    run.engine, run.s, run.first = engine, SimpleNamespace(max_tokens=16), True
+    run.trainer = ppo.Trainer(tiny_model, device, total_steps=4, loading=EXACT)
+    problems = [data.Problem("", "", prompt_ids=[1, 5 + i, 9]) for i in range(5)]
+    engine.load_weights(run.trainer.weights())
+    assert run.engine_agrees(problems) and not capsys.readouterr().out
+    engine.load_weights(full_tensors(models[1]))  # as of a model whose weights the engine takes otherwise
+    assert not run.engine_agrees(problems)
+    assert "ENGINE AND TRAINER DISAGREE" in capsys.readouterr().out
+
+
+def test_a_stop_string_that_is_a_special_token_stops(engine, models, tokenizer):
+    """No decoded text has it: it must be a token id."""
+    from rollout import split_stops
+
+    assert split_stops(["#", tokenizer.bos_token], tokenizer) == (["#"], [tokenizer.bos_token_id])
+    engine.stop_ids = [7]
+    try:
+        found = generate(engine, [PROMPT], 40, 30, 1.0)[0]
+    finally:
+        engine.stop_ids = []
+    ended = [c for c in found if 7 in c.token_ids]
+    assert ended and all(c.finished and c.token_ids.index(7) == len(c.token_ids) - 1 for c in ended)

@@ -1,23 +1,25 @@
 """Models on this machine: pickled weights are converted, and what could run code is refused."""
 
+import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from model import full_tensors, load_sharded
-from support import weights
+from model import full_tensors, load_sharded, save_pretrained
+from support import pretrained
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
-    weights.local_folder.cache_clear()
+    pretrained.local_folder.cache_clear()
     yield tmp_path / "cache" / "vineppo"
-    weights.local_folder.cache_clear()
+    pretrained.local_folder.cache_clear()
 
 
 @pytest.fixture
@@ -42,8 +44,8 @@ def test_pickled_weights_are_converted_once(pickled, cache, device, shards):
         assert torch.equal(tensor.cpu(), state[name]), name
     (converted,) = (path for path in cache.iterdir() if path.is_dir())
     before = converted.stat().st_mtime_ns
-    weights.local_folder.cache_clear()
-    assert weights.local_folder(folder) == str(converted) and converted.stat().st_mtime_ns == before
+    pretrained.local_folder.cache_clear()
+    assert pretrained.local_folder(folder) == str(converted) and converted.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -65,8 +67,8 @@ def test_pickles_are_downloaded_only_where_there_is_nothing_else(
                 shutil.copy(file, local)
         return str(local)
 
-    monkeypatch.setattr(weights, "snapshot_download", snapshot_download)
-    folder = weights.local_folder("own/model")
+    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
+    folder = pretrained.local_folder("own/model")
     assert (folder == str(local)) == safe != (local / "pytorch_model.bin").exists()
     assert AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).num_parameters() > 0
 
@@ -87,4 +89,44 @@ def test_a_pickle_that_would_run_code_is_refused(pickled, cache, device, tmp_pat
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no weights"):
-        weights.local_folder(tmp_path)
+        pretrained.local_folder(tmp_path)
+
+
+def settings(folder):
+    return SimpleNamespace(model=str(folder), dataset="mine", max_sequence=100)
+
+
+def test_a_temperature_without_do_sample_does_not_end_the_run_at_its_first_checkpoint(
+    tiny_model, device, tmp_path
+):
+    """As Llama 2 and Vicuna have it: transformers reads such a generation_config.json and refuses to write it."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}')
+    tokenizer = pretrained.load_tokenizer(settings(folder))
+    save_pretrained(load_sharded(folder, device), tokenizer, tmp_path / "saved")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert saved.do_sample and saved.temperature == 0.9 and saved.top_p == 0.6
+
+
+def test_what_could_not_be_saved_is_refused_at_once_with_the_whole_reason(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "generation_config.json").write_text('{"early_stopping": "perhaps"}')
+    with pytest.raises(ValueError, match="could not be saved after training: .*early_stopping") as error:
+        pretrained.load_tokenizer(settings(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale"])
+def test_logits_that_are_not_the_plain_output_of_the_head_are_refused_before_anything_loads(
+    name, tiny_model, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: 30.0}))
+    with pytest.raises(ValueError, match=f"its configuration has {name}"):
+        pretrained.load_tokenizer(settings(folder))
+    (folder / "config.json").write_text(json.dumps(config | {name: 1.0 if name == "logit_scale" else None}))
+    pretrained.load_tokenizer(settings(folder))

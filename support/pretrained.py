@@ -1,10 +1,11 @@
-"""The files of a model on this machine: downloaded once, and with its weights in safetensors files."""
+"""The model that a run starts from: its files on this machine, its tokenizer, and what is refused."""
 
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +14,67 @@ from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 PICKLES = "pytorch_model*.bin"
+
+
+def check_config(config, path):
+    """Raise ValueError for a model whose logits are more than the plain output of its head."""
+    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(f"--model {path}: its configuration has {name}, which is not built here")
+
+
+def load_tokenizer(s):
+    """The tokenizer of s.model, whose files are on this machine then.
+
+    s: settings with dataset, model, max_sequence and perhaps trust_remote_code. Raises ValueError for
+    a model that is not there, or that a run could not use, or could not save at its end.
+    """
+    path, trust = s.model, getattr(s, "trust_remote_code", False)
+    if not path:
+        raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
+    hint = "run `python sft.py` first, or " if path == "runs/sft" else ""
+    cannot = f"--model {path} cannot be loaded: {hint}name a Hugging Face folder or hub model"
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{cannot} ({str(error).splitlines()[0]})") from None
+    check_config(config, path)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and s.max_sequence > limit:
+        few = f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"
+        raise ValueError(few)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{cannot} ({str(error).splitlines()[0]})") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for part in filter(None, (config, generation_config(path), tokenizer)):
+                part.save_pretrained(scratch)
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"--model {path} could not be saved after training: {why}") from None
+    return tokenizer
+
+
+def generation_config(path):
+    """A model's defaults for generation, or None. With do_sample where it has a temperature.
+
+    Without do_sample transformers reads such a file and refuses to write it.
+    """
+    try:
+        found = GenerationConfig.from_pretrained(local_folder(path))
+    except OSError:
+        return None
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        found.do_sample = True
+    return found
 
 
 @cache
