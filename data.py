@@ -6,6 +6,7 @@
 The paper's prompt is the default template.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ class Problem:
     answer: str  # the gold answer, bare: "72", "\\frac{1}{2}"
     solution: str = ""  # a worked solution where the dataset has one; only sft.py reads it
     prompt_ids: list[int] | None = None  # of the prompt, by encode
+    text: str = ""  # the bare problem, inside of prompt
 
 
 def load(dataset, template=None, chat=False):
@@ -76,13 +78,13 @@ def load(dataset, template=None, chat=False):
         raise ValueError(f"--dataset {dataset} is not known: use math, gsm8k, arithmetic, or {own}")
     train, test = ([_problem(where, row) for where, row in split] for split in rows)
     if template is None and chat:
-        boxed = "\\boxed" in train[0].solution or dataset == "math"
+        numbers = all(re.fullmatch(r"[-$ \d.,/%]+", p.answer) for p in train[:100])
+        boxed = "\\boxed" in train[0].solution or dataset == "math" or not numbers
         template = CHAT_TEMPLATES[dataset if dataset == "arithmetic" else "math" if boxed else "gsm8k"]
     elif template is None:
         template = "{problem}\n" if dataset == "arithmetic" else PAPER_TEMPLATE
     return tuple(
-        [Problem(template.replace("{problem}", p.prompt), p.answer, p.solution) for p in split]
-        for split in (train, test)
+        [replace(p, prompt=template.replace("{problem}", p.text)) for p in split] for split in (train, test)
     )
 
 
@@ -95,19 +97,35 @@ def encode(problems, tokenizer, max_prompt, chat=False):
     """
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {tokenizer.name_or_path} has no chat template")
-    if chat:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=False
-            )
-            for p in problems
-        ]
-    else:
-        texts = [p.prompt for p in problems]
+    texts = [_rendered(p.prompt, tokenizer, chat) for p in problems]
     ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a chat template writes its own BOS
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for i, p in enumerate(problems):
+        if any(token in p.text for token in special):
+            ids[i] = _with_problem_as_text(p, tokenizer, chat)
     ids = [_to_be_continued(i, text, tokenizer) for i, text in zip(ids, texts)]
     kept = [replace(p, prompt_ids=i) for p, i in zip(problems, ids) if len(i) <= max_prompt]
     return kept, len(problems) - len(kept)
+
+
+def _rendered(prompt, tokenizer, chat):
+    """The prompt, inside the tokenizer's chat template with chat."""
+    message = [{"role": "user", "content": prompt}]
+    return (
+        tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False) if chat else prompt
+    )
+
+
+def _with_problem_as_text(p, tokenizer, chat):
+    """Ids of a prompt whose problem spells special tokens: as plain text, so that none is obeyed."""
+    mark = "\ue000"  # of private use
+    before, after = _rendered(p.prompt.replace(p.text, mark), tokenizer, chat).split(mark)
+    text = dict(add_special_tokens=False)
+    return [
+        *tokenizer(before, add_special_tokens=not chat)["input_ids"],
+        *tokenizer(p.text, split_special_tokens=True, **text)["input_ids"],
+        *tokenizer(after, **text)["input_ids"],
+    ]
 
 
 def _to_be_continued(ids, text, tokenizer):
@@ -135,6 +153,12 @@ def encode_splits(splits, tokenizer, s, say=None):
     return encoded
 
 
+def fingerprint(problems):
+    """A hash of the problems that a run trains on."""
+    rows = "\n".join(repr((p.prompt_ids, p.answer)) for p in problems)
+    return hashlib.sha256(rows.encode()).hexdigest()
+
+
 def _say_what_repeats(splits, say):
     """Problems of the test split that are trained on, and those with more than one gold answer."""
     train, test = ({p.prompt for p in split} for split in splits)
@@ -153,7 +177,7 @@ def _text(row):
 
 
 def _problem(where, row):
-    """Problem of one row; its prompt is still the bare problem text."""
+    """Problem of one row; its prompt is still without a template."""
     text = _text(row)
     if not isinstance(text, str) or not text.strip():
         found = ", ".join(map(str, row)) or "none"
@@ -170,7 +194,10 @@ def _problem(where, row):
     if not answer:
         advice = "fill answer, or end the solution in \\boxed{..} or '#### n'"
         raise ValueError(f"{where} has no gold answer: {advice}")
-    return Problem(text, answer, re.sub(r"<<[^<>\n]*>>", "", solution))  # GSM8K's calculator marks
+    if any("\ud800" <= c <= "\udfff" for c in text + answer + solution):
+        raise ValueError(f"{where} holds half a character (a lone surrogate): write it again as UTF-8")
+    solution = re.sub(r"<<[^<>\n]*>>", "", solution)  # GSM8K's calculator marks
+    return Problem(text, answer, solution, text=text)
 
 
 def _gold(solution):

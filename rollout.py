@@ -106,6 +106,8 @@ class Engine:
             dtype="bfloat16" if bfloat16 else "float32",
             distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
             tensor_parallel_size=tensor_parallel,
+            tokenizer_mode="hf",  # the trainer's, also where Mistral's own layout lies beside it
+            config_format="hf",
             load_format="safetensors",
             trust_remote_code=trust_remote_code,
             max_model_len=max_sequence,

@@ -130,6 +130,8 @@ def main():
                 tiny_model(scratch, s.seed)
             s.model = from_rank_0(scratch)  # once the model is in it
         tokenizer = AutoTokenizer.from_pretrained(local_folder(s.model))
+        if tokenizer.eos_token_id is None:
+            sys.exit(f"sft.py: the tokenizer of --model {s.model} has no EOS token to end responses with")
         episodes, skipped = sequences(problems, tokenizer, s.max_tokens, s.chat)
         if len(episodes) < world:
             fitting = f"{len(episodes)} of {len(episodes) + skipped} sequences"

@@ -31,7 +31,7 @@ from ppo import Trainer
 from steps import check_rule
 from support.checks import check, check_given
 from support.metrics import evaluation_metrics
-from support.pretrained import load_tokenizer
+from support.pretrained import fingerprint, load_tokenizer
 from support.ranks import check_gpus, init_distributed, leave, refuse
 from support.run import Run
 from support.settings import parse, setting
@@ -284,6 +284,7 @@ def main():
         test_problems = test_problems[: s.eval_problems]
         if run and first:
             run.lock()
+            run.check_inputs({"--model": fingerprint(s.model), "--dataset": data.fingerprint(problems)})
     except (ValueError, OSError) as error:
         refuse(f"train.py: {error}")
     device = init_distributed()

@@ -1,8 +1,12 @@
-"""Which settings of train.py go together: ValueError with one line for the user."""
+"""Which settings of train.py go together, and whether engine and trainer compute alike."""
+
+import torch
 
 from support.metrics import check_report
 from support.settings import need
 
+# most that the engine's and the trainer's log-probabilities may differ on average
+GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
 BELONGS_TO = dict.fromkeys(["K", "step_credit", "max_valued_steps"], "vineppo")
 BELONGS_TO |= dict.fromkeys(["gae_lambda", "gamma", "critic_learning_rate"], "ppo")
 
@@ -38,3 +42,16 @@ def check(s, world):
     need(s.max_tokens < s.max_sequence, room)
     both = "--eval_only and --resume exclude each other: name the checkpoint's folder with --model"
     need(not (s.eval_only and s.resume), both)
+
+
+def disagreement(gap, dtype):
+    """What to say of a logprob_gap in this type: "" if it is small."""
+    limit = GAP[dtype]
+    if gap <= limit:  # false for NaN
+        return ""
+    return (
+        "ENGINE AND TRAINER DISAGREE: their log-probabilities of the sampled tokens differ by "
+        f"{gap:.2g} on average, more than {limit:g}. Likely causes: the new weights did not "
+        "reach the engine; cached prefixes of older weights; an architecture that vLLM and transformers "
+        "compute differently (attention window, rope scaling, mixture of experts); low-precision kernels."
+    )

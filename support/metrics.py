@@ -133,7 +133,11 @@ class Report:
             import wandb
 
             self.wandb = wandb
-            wandb.init(project="vineppo", name=folder.name, config=asdict(s))
+            known = folder / "wandb_id"  # a resumed run goes to the same place
+            if not known.exists():
+                known.write_text(wandb.util.generate_id())
+            options = dict(id=known.read_text(), resume="allow", config=asdict(s))
+            wandb.init(project="vineppo", name=folder.name, **options)
 
     def __call__(self, iteration, metrics):
         for name, value in metrics.items() if self.writer else ():

@@ -38,6 +38,8 @@ def load_tokenizer(s):
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
     hint = "run `python sft.py` first, or " if path == "runs/sft" else ""
     cannot = f"--model {path} cannot be loaded: {hint}name a Hugging Face folder or hub model"
+    if not Path(path).is_dir() and os.environ.get("RANK", "0") == "0":
+        print(f"looking for --model {path} on the hub", flush=True)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
@@ -51,9 +53,16 @@ def load_tokenizer(s):
         tokenizer = AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ValueError(f"{cannot} ({str(error).splitlines()[0]})") from None
+    try:
+        generation = generation_config(path)
+    except ValueError as error:
+        raise ValueError(f"--model {path}: its generation_config.json is refused: {error}") from None
+    ends = [getattr(part, "eos_token_id", None) for part in (tokenizer, config, generation)]
+    if all(end is None for end in ends) and not getattr(s, "stop", None):
+        raise ValueError(f"--model {path} has no EOS token: no response would end; name a --stop")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            for part in filter(None, (config, generation_config(path), tokenizer)):
+            for part in filter(None, (config, generation, tokenizer)):
                 part.save_pretrained(scratch)
         except Exception as error:
             why = " ".join(str(error).split())
@@ -110,12 +119,30 @@ def local_folder(model):
     return str(converted)
 
 
+def fingerprint(model):
+    """A hash of the sizes of a model's weights and of three blocks of each file."""
+    found, block = hashlib.sha256(), 2**20
+    for path in sorted(Path(local_folder(model)).glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(repr((path.name, size)).encode())
+        with open(path, "rb") as file:
+            for start in (0, size // 2, max(0, size - block)):
+                file.seek(start)
+                found.update(file.read(block))
+    return found.hexdigest()
+
+
 def download(model, patterns):
-    """Files of a hub model, none of its subfolders: the folder. One rank of a machine shows bars."""
+    """Files of a hub model, without subfolders and Mistral's second copy of the weights: the folder.
+
+    One rank of a machine shows bars.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         enable_progress_bars()
     try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+        )
     finally:
         disable_progress_bars()
 

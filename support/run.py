@@ -10,21 +10,20 @@ from tqdm import tqdm
 
 from episode import Episode
 from support import run_folder
+from support.checks import disagreement
 from support.metrics import Phases, Report, evaluation_metrics, iteration_metrics, rounded
 from support.ranks import from_rank_0, over_ranks
 from support.settings import may_change
 from support.watch import Stopped
 
 KEPT_CHECKPOINTS = 2  # the newest ones, each with the state to resume from
-# most that the engine's and the trainer's log-probabilities may differ on average
-GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
 
 
 class Run:
     """The run in --run_dir, new or to be resumed. Raises ValueError if the folder holds another run.
 
-    Made from settings alone, before the ranks have joined: has_ended, lock. Then, on all ranks: join,
-    begin, for each of iterations: finished, and at last end; save_and_stop after Stopped.
+    Made from settings alone, before the ranks have joined: has_ended, lock, check_inputs. Then, on all
+    ranks: join, begin, for each of iterations: finished, and at last end; save_and_stop after Stopped.
     """
 
     def __init__(self, s):
@@ -45,7 +44,7 @@ class Run:
         if not known.exists():
             self.done, self.checkpoint = 0, None
             return
-        before, now = json.loads(known.read_text()), asdict(self.s)
+        before, now = run_folder.read_json(known), asdict(self.s)
         changed = [k for k, v in now.items() if k in before and before[k] != v]
         changed = {k: f"--{k} was {before[k]}, now {now[k]}" for k in changed}
         refused = [words for name, words in changed.items() if name not in may_change(self.s)]
@@ -62,6 +61,17 @@ class Run:
         self.locked = run_folder.lock(self.folder)
         self._find_start()  # once more: a run that was ending may have saved since
         self.lines = run_folder.read_metrics(self.folder, self.done)
+
+    def check_inputs(self, inputs):
+        """On rank 0, after lock: inputs, {name: hash}, are what the run was begun with, or ValueError."""
+        self.inputs, path = inputs, self.folder / "inputs.json"
+        before = run_folder.read_json(path) if self.checkpoint and path.exists() else inputs
+        changed = [name for name, value in inputs.items() if before.get(name, value) != value]
+        if changed:
+            what = (
+                f"--run_dir {self.folder} was begun with other files: {' and '.join(changed)} changed since"
+            )
+            raise ValueError(f"{what}; put them back, or name another folder")
 
     def join(self, watch, engine, grader, trainer, estimator, tokenizer):
         """On all ranks: what the run is made of, set back to the checkpoint from which it resumes."""
@@ -92,7 +102,7 @@ class Run:
                 e.take(completions)
         self.engine.sleep()
         _, _, metrics = self.trainer.score(episodes)
-        if text := self._disagreement(metrics["logprob_gap"]):
+        if text := disagreement(metrics["logprob_gap"], self.trainer.dtype):
             self.say(text)
         return not text
 
@@ -121,6 +131,7 @@ class Run:
             self.say(f"accuracy{'' if self.done else ' before training'} {self.accuracy:.3f}")
         if self.first:
             self._settings(self.folder)
+            run_folder.write_text(self.folder / "inputs.json", json.dumps(self.inputs, indent=1) + "\n")
             self.log = run_folder.open_metrics(self.folder, self.lines)
             self.report = Report(self.s, self.folder, self.done)
             if evaluated is not None:
@@ -186,7 +197,7 @@ class Run:
             if metrics.get(name):
                 why = "a loss or gradient was not finite, or the mean ratio was too large"
                 self.say(f"{metrics[name]} {name.replace('_', ' ')}: {why}")
-        text = self._disagreement(metrics["logprob_gap"])
+        text = disagreement(metrics["logprob_gap"], self.trainer.dtype)
         if not text:
             return
         if self.s.strict:
@@ -194,18 +205,6 @@ class Run:
         if not self.warned:
             self.say(text)
         self.warned = True
-
-    def _disagreement(self, gap):
-        """What to say of a logprob_gap: "" if it is small."""
-        limit = GAP[self.trainer.dtype]
-        if gap <= limit:  # false for NaN
-            return ""
-        return (
-            "ENGINE AND TRAINER DISAGREE: their log-probabilities of the sampled tokens differ by "
-            f"{gap:.2g} on average, more than {limit:g}. Likely causes: the new weights did not "
-            "reach the engine; cached prefixes of older weights; an architecture that vLLM and transformers "
-            "compute differently (attention window, rope scaling, mixture of experts); low-precision kernels."
-        )
 
     def _show(self, metrics):
         shown = dict(

@@ -3,6 +3,7 @@
 What it holds under its own name is whole, at whatever moment the run was killed.
 
     settings.json     of the newest start
+    inputs.json       hashes of the model and the problems that it began with
     metrics.jsonl     one line per iteration; line 0 is the accuracy before training
     checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training
                       resumes from, and the settings
@@ -35,6 +36,14 @@ def write_text(path, text):
     draft.rename(path)
 
 
+def read_json(path):
+    """What a .json file holds. Raises ValueError, with its name."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): put it back, or name another --run_dir") from None
+
+
 def write_folder(final, write):
     """Fill a folder with write(draft), then rename it. All ranks call it, on one file system."""
     draft = final.with_name(final.name + ".unfinished")
@@ -54,7 +63,9 @@ def write_folder(final, write):
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         free = shutil.disk_usage(draft.parent).free / 1e6
         shutil.rmtree(draft, ignore_errors=True)
-        reason = str(error).strip().split("\n")[-1]
+        # torch's exception brings the traces of all ranks, the reason at the end
+        lines = str(error).strip().splitlines() or [repr(error)]
+        reason = lines[-1] if isinstance(error, CheckpointException) else " ".join(lines)
         raise RuntimeError(
             f"{final} could not be written ({reason}; {free:.0f} MB are free there); what was saved before is kept"
         ) from error
@@ -107,8 +118,10 @@ def read_metrics(run, done):
 
     A kill may have cut the last one short.
     """
-    lines = []
-    for text in (run / "metrics.jsonl").read_text().splitlines() if done else ():
+    lines, path = [], run / "metrics.jsonl"
+    if done and not path.exists():
+        raise ValueError(f"{path} is gone: put it back, or name another --run_dir")
+    for text in path.read_text().splitlines() if done else ():
         try:
             line = json.loads(text)
         except ValueError:
@@ -117,7 +130,7 @@ def read_metrics(run, done):
             lines.append(line)
     if [line["iteration"] for line in lines if line["iteration"]] != list(range(1, done + 1)):
         raise ValueError(
-            f"{run / 'metrics.jsonl'} does not hold the iterations 1 to {done} that the newest checkpoint comes from"
+            f"{path} does not hold the iterations 1 to {done} that the newest checkpoint comes from"
         )
     return lines
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -293,3 +294,39 @@ def test_a_prompt_ends_without_eos_and_begins_with_bos_once(tokenizer):
     for prompt in ("1+1?\n", f"{bos}1+1?\n"):
         (found,), _ = data.encode([data.Problem(prompt, "2")], adds, 100)
         assert found.prompt_ids == plain
+
+
+def test_special_tokens_in_a_problem_are_text(tokenizer):
+    """Else a problem could end its own turn; those of the template are tokens."""
+    eos, bos = tokenizer.eos_token, tokenizer.bos_token
+    p = data.Problem(f"{bos}1{eos}+1?\n", "2", text=f"1{eos}+1?")
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}\n{{ eos_token }}"
+    for chat in (False, True):
+        (found,), _ = data.encode([p if not chat else replace(p, prompt=p.text)], chatty, 100, chat)
+        ids = found.prompt_ids
+        assert ids.count(tokenizer.eos_token_id) == chat and ids.count(tokenizer.bos_token_id) == 1
+        assert tokenizer.convert_tokens_to_ids("1") in ids
+
+
+def test_half_a_character_is_refused_with_its_place(tmp_path):
+    (tmp_path / "d.jsonl").write_text(
+        '{"problem": "1+1?", "answer": "2"}\n{"problem": "\\ud83d?", "answer": "2"}'
+    )
+    with pytest.raises(ValueError, match="line 2 holds half a character"):
+        data.load(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("answer, form", [("\\frac{1}{2}", "boxed"), ("1,080", "####"), ("-3.5", "####")])
+def test_chat_asks_for_the_form_that_the_answers_have(answer, form, tmp_path):
+    rows = [json.dumps({"problem": f"p{i}", "answer": answer}) for i in range(3)]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    train, _ = data.load(tmp_path / "d.jsonl", chat=True)
+    assert form in train[0].prompt
+
+
+def test_the_fingerprint_of_problems_sees_another_gold_answer():
+    p = data.Problem("1+1?", "2", prompt_ids=[1, 2])
+    assert (
+        data.fingerprint([p]) == data.fingerprint([replace(p)]) != data.fingerprint([replace(p, answer="3")])
+    )

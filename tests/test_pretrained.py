@@ -61,7 +61,7 @@ def test_pickles_are_downloaded_only_where_there_is_nothing_else(
         (hub / "model.safetensors").unlink()
 
     def snapshot_download(name, allow_patterns, ignore_patterns):
-        assert name == "own/model" and ignore_patterns == ["*/*"]
+        assert name == "own/model" and ignore_patterns == ["*/*", "consolidated*"]
         for file in hub.iterdir():
             if any(file.match(pattern) for pattern in allow_patterns):
                 shutil.copy(file, local)
@@ -109,13 +109,43 @@ def test_a_temperature_without_do_sample_does_not_end_the_run_at_its_first_check
     assert saved.do_sample and saved.temperature == 0.9 and saved.top_p == 0.6
 
 
-def test_what_could_not_be_saved_is_refused_at_once_with_the_whole_reason(tiny_model, tmp_path):
+def test_what_could_not_be_saved_is_refused_at_once_with_the_whole_reason(tiny_model, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("two lines\nof reason")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
+    with pytest.raises(ValueError, match="could not be saved after training: two lines of reason"):
+        pretrained.load_tokenizer(settings(tiny_model))
+
+
+def test_generation_defaults_that_cannot_be_read_are_refused_by_name(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / "generation_config.json").write_text('{"early_stopping": "perhaps"}')
-    with pytest.raises(ValueError, match="could not be saved after training: .*early_stopping") as error:
+    with pytest.raises(ValueError, match="generation_config.json is refused: .*early_stopping"):
         pretrained.load_tokenizer(settings(folder))
-    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_eos_needs_a_stop_string(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"eos_token_id": None, "eos_token": None}))
+    with pytest.raises(ValueError, match="has no EOS token: no response would end; name a --stop"):
+        pretrained.load_tokenizer(settings(folder))
+    pretrained.load_tokenizer(SimpleNamespace(**vars(settings(folder)), stop="#"))
+
+
+def test_the_fingerprint_of_a_model_sees_other_weights(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    before = pretrained.fingerprint(tiny_model)
+    assert pretrained.fingerprint(folder) == before
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert pretrained.fingerprint(folder) != before
 
 
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale"])

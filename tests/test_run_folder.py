@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, our_environment, python
 
 from support import run_folder
+from support.run import Run
 
 
 def write(draft):
@@ -148,3 +149,22 @@ def test_metrics_have_neither_gaps_nor_repeats(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text.splitlines(True)[0] + text.splitlines(True)[2])
     with pytest.raises(ValueError, match="does not hold the iterations 1 to 2"):
         run_folder.read_metrics(tmp_path, 2)
+
+
+def test_a_resume_with_other_weights_or_problems_under_the_same_names_is_refused(tmp_path):
+    run = object.__new__(Run)
+    run.folder, run.checkpoint, inputs = tmp_path, None, {"--model": "a", "--dataset": "b"}
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    run.check_inputs(inputs | {"--model": "c"})  # it begins anew
+    run.checkpoint = tmp_path / "checkpoints" / "2"
+    run.check_inputs(inputs)
+    with pytest.raises(ValueError, match="was begun with other files: --model changed since; put them back"):
+        run.check_inputs(inputs | {"--model": "c"})
+
+
+def test_files_of_a_run_that_are_gone_or_empty_are_named(tmp_path):
+    with pytest.raises(ValueError, match="metrics.jsonl is gone"):
+        run_folder.read_metrics(tmp_path, 3)
+    (tmp_path / "settings.json").touch()
+    with pytest.raises(ValueError, match="settings.json cannot be read"):
+        run_folder.read_json(tmp_path / "settings.json")
