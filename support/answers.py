@@ -26,7 +26,6 @@ MIXED = re.compile(
 SCIENTIFIC = re.compile(
     rf"({VALUE})\s*(?:(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([-+]?\d{{1,3}})\s*\}}|(\d))|[eE]([-+]?\d{{1,3}}))"
 )
-REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}")
 VARIABLE = rf"(?:\\(?:{ACCENTS})\s*\{{\w+\}}|\\(?:{GREEK})(?![a-z])|[A-Za-z])(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
 ARGUMENT = r"\(\s*-?[^()+=<>-]*(?:\(-?[^()+=<>-]*\))?\s*\)"
 LABEL = re.compile(  # what an answer may be called
@@ -118,8 +117,10 @@ def _same_relation(a, b, symbolic, again):
         chain = len(signs) > 1 and set(signs) == {"="} and LABEL.fullmatch(sides[0].strip())
         return bool(chain) and all(again(*((other, s) if other is a else (s, other))) for s in sides[1:])
     (signs_a, sides_a), (signs_b, sides_b) = a, b
-    if signs_a != signs_b:
-        return False
+    if signs_a != signs_b:  # "x = 2+3 = 5" is "x = 5"
+        named = set(signs_a + signs_b) == {"="} and LABEL.fullmatch(sides_a[0].strip())
+        same = named and again(sides_a[0], sides_b[0])
+        return bool(same) and all(again(p, q) for p in sides_a[1:] for q in sides_b[1:])
     orders = [sides_b, sides_b[::-1]] if set(signs_a) <= {"=", "\\neq"} else [sides_b]
     if any(all(again(p, q) for p, q in zip(sides_a, order)) for order in orders):
         return True
@@ -152,9 +153,6 @@ def _number(text):
         return None if part is None else (-1 if m[1] == "-" else 1) * (int(m[2]) + part)
     if m := SCIENTIFIC.fullmatch(text):
         return _fraction(m[1]) * Fraction(10) ** int(m[2] or m[3] or m[4])
-    if m := REPEATING.fullmatch(text):
-        once, twice = int(m[2] + m[3] or "0"), int(m[2] + m[3] + m[4])
-        return (-1 if m[1] == "-" else 1) * Fraction(twice - once, 10 ** len(m[3]) * (10 ** len(m[4]) - 1))
     return None
 
 

@@ -52,10 +52,16 @@ def _font(m):
     return f"{{{inside}}}" if formula else f"\\text{{{m[2]}}}"
 
 
+def _repeating(m):
+    """0.1\\overline{6} as a fraction."""
+    nines = (10 ** len(m[3]) - 1) * 10 ** len(m[2])
+    return f"\\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or '0')}}}{{{nines}}}"
+
+
 FONT = rf"\\(mbox|hbox|emph|boldsymbol|bm|pmb|text[a-z]*|math(?:rm|bf|sf|it|tt|normal))\s*{BRACED}"
 SPELLINGS = [  # what is written in several ways gets one; in this order
     (r"(?<=\d)(?:,\s*\\!|\{,\s*\}|\\,)\s*(?=\d{3}(?!\d))", ""),
-    (r"\\(left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|(?<!\\)\$", ""),
+    (r"\\(left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|(?<!\\)(?:\$|\\[()\[\]])", ""),
     (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),
     (r"\s*\*\*\s*", "^"),
     (r"\\\\\s*\[[^\]]*\]|\\(cr|newline)(?![a-z])", r"\\\\"),
@@ -90,6 +96,8 @@ SPELLINGS = [  # what is written in several ways gets one; in this order
         r"\\pmod{\1\2}",
     ),
     (rf"(?<![A-Za-z\\])({FUNCTIONS}|pi|theta)(?![A-Za-z])", r"\\\1 "),
+    (r"^-?\d{1,3}(?:,\d{3})+(?=\s*(?:\\pi|\\sqrt|[a-z](?![a-z])))", lambda m: m[0].replace(",", "")),
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\s*\d)", _repeating),
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
     (r"^\(?\s*([A-Z])\s*\)$|^\{\s*\(\s*([A-Z])\s*\)\s*\}$", r"\1\2"),
 ]
@@ -102,6 +110,7 @@ def normal(text):
     text = text.translate(CHARACTERS)
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
-    text = text.strip().rstrip(".").strip().strip("*").strip()
+    text = re.sub(r"(?<!\.)\.$", "", text.strip()).strip().strip("*").strip()
+    text = re.sub(rf"^{BRACED}$", r"\1", text).strip()
     whole = re.fullmatch(r"\\text\s*\{([^{}]*)\}", text)
     return whole[1].strip().rstrip(".") if whole and not TEXT.fullmatch(text) else text

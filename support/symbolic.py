@@ -127,6 +127,7 @@ LEFT_OVER = re.compile(  # numbers side by side, an index of no variable, a sign
     r"\d\s+\d|(?<!\\log)(?<!\\sum)(?<!\\prod)(?<!\\int)(?<!\\lim)_|[^\w\s+\-*/^{}()\[\]|!,=\\]"
 )
 RELATION = re.compile(r"\((.*)\)(=|\\neq|<|\\leq)\((.*)\)")
+OPERAND = "\0"  # what follows belongs to a function
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 ENDS = {*"+-*/=,|", "\\cdot", "\\times", "\\div", "\\mod", *("\\" + name for name in FUNCTIONS.split("|"))}
 
@@ -163,7 +164,8 @@ def plain(text, names):
         raise ValueError(f"the parser would misread {text}")
     text = _arguments(text)
     # a number beside a parenthesis or a fraction in front of one is a factor, no part of a mixed number
-    return re.sub(r"(?<=[\d)])\s*(?=\()|(?<=[)}])\s*(?=\d|\\frac)", r"\\cdot ", text)
+    text = re.sub(r"(?<=[\d)}])\s*(?=\()|(?<=[)}])\s*(?=\d|\\frac)", r"\\cdot ", text)
+    return text.replace(OPERAND, "")
 
 
 def _arguments(text):
@@ -172,13 +174,15 @@ def _arguments(text):
     while i < len(tokens):
         out.append(tokens[i])
         i += 1
-        if not re.fullmatch(rf"\\({FUNCTIONS})", out[-1]):
+        function = re.fullmatch(rf"\\({FUNCTIONS})", out[-1])
+        if not function and out[-1] not in ("\\sum", "\\prod", "\\int", "\\lim"):
             continue
         while i < len(tokens) and tokens[i] in ("^", "_", " "):
             end = _end(tokens, i + 1) if tokens[i] != " " else i + 1
             out.append("".join(tokens[i:end]))
             i = end
-        if i < len(tokens) and tokens[i] not in ("(", "{", "[", "|"):
+        out.append(OPERAND)
+        if function and i < len(tokens) and tokens[i] not in ("(", "{", "[", "|"):
             end = i
             while end < len(tokens) and tokens[end] not in ENDS and tokens[end] not in (")", "}", "]"):
                 end = _end(tokens, end)
