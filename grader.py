@@ -44,19 +44,16 @@ def _final_text(response):
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 SHORT_BOX = re.compile(r"[-+]?\d[\d.,/]*(?<![.,/])|[a-zA-Z]")  # of \boxed 7
 JOINT = re.compile(  # what may stand between two boxes of one answer
-    r"[\s$~]*(?:\\[()\[\]])?(?:[\s$,;~]|\\[, ;]|\\q?quad|and\b|or\b|\\(?:text|mbox)\s*\{[\s,]*(?:and|or)?[\s,]*\})+"
-    r"(?:\\[()\[\]])?[\s$~]*"
+    r"(?:[\s$,;~]|\\[()\[\], ;]|\\q?quad|and\b|or\b|\\(?:text|mbox)\s*\{[\s,]*(?:and|or)?[\s,]*\})+"
 )
-STATED = tuple(
-    map(
-        re.compile,
-        (
-            r"####[ \t]*+(?!(?:\*\*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer\b)([^\n]*)",
-            r"(?im)^#+[ \t]*(?:\*\*)?(?:the )?(?:final )?answer(?:\*\*)?[ \t]*(?:\n|:(?:\*\*)?)\s*([^\n]*)",
-            r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\s|\.?$|\n)",
-        ),
+STATED = [
+    re.compile(pattern)
+    for pattern in (
+        r"####[ \t]*+(?!(?:\*\*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer\b)([^\n]*)",
+        r"(?im)^#+[ \t]*(?:\*\*)?(?:the )?(?:final )?answer(?:\*\*)?[ \t]*(?:\n|:(?:\*\*)?)\s*([^\n]*)",
+        r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\s|\.?$|\n)",
     )
-)
+]
 
 
 def extract_answer(text):
@@ -82,11 +79,13 @@ def boxed(text):
     answers, boundary = [], None
     for box in reversed(list(BOX.finditer(text))):
         inside, end = _inside_box(text, box.end())
-        if answers and not (inside and JOINT.fullmatch(text, end, boundary)):
+        joint = text[end:boundary] if answers else ""
+        if answers and not (inside and JOINT.fullmatch(joint) and re.search(r"(?<!\\)[,;]|and|or", joint)):
             break
         if not inside:
             return None
-        answers.append(inside)
+        if inside not in answers:  # or it is only said twice
+            answers.append(inside)
         boundary = box.start()
     return ", ".join(reversed(answers)) or None
 

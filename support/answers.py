@@ -30,8 +30,8 @@ VARIABLE = rf"(?:\\(?:{ACCENTS})\s*\{{\w+\}}|\\(?:{GREEK})(?![a-z])|[A-Za-z])(?:
 ARGUMENT = r"\(\s*-?[^()+=<>-]*(?:\(-?[^()+=<>-]*\))?\s*\)"
 LABEL = re.compile(  # what an answer may be called
     rf"{VARIABLE}|[A-Za-z]\([A-Za-z]\)|(?:(?![a-eiklmnoxyz]){VARIABLE}|[A-Z])(?:\^\{{-1\}}\s*)?{ARGUMENT}|[A-Z]\^\{{-1\}}"
-    rf"|\(\s*{VARIABLE}(?:\s*,\s*{VARIABLE})+\s*\)|(?:\\(?:sin|cos|tan)\s*)?(?:m\s*)?\\(?:angle|triangle)\s*\w{{1,3}}"
-    rf"|\\(?:sin|cos|tan)\s*(?:[A-Z]|\\[a-z]+)|[A-Z]{{2,4}}|\|[A-Z]{{2}}\||\[[A-Z]{{3,}}\]"
+    rf"|\(\s*{VARIABLE}(?:\s*,\s*{VARIABLE})+\s*\)|(?:\\(?:sin|cos|tan)\s*)?(?:m\s*)?\\(?:angle|triangle)\s*\{{?\w{{1,3}}\}}?"
+    rf"|\\(?:sin|cos|tan)\s*(?:[A-Z]|\\[a-z]+)|[A-Z]{{2,4}}|\|(?:\\overline\s*\{{)?[A-Z]{{2}}\}}?\||P\([^()]*\)|\[[A-Z]{{3,}}\]"
     r"|\\text\s*\{(?!\s*not\b)[^{}]*[a-z][^{}]*\}(?:\s*(?:\\triangle\s*)?[A-Z]{1,4})?|[A-Z][a-z]{2,}(?:\s[A-Za-z]+)*"
 )
 RELATIONS = ("=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\equiv", "\\approx", "\\sim", "\\to")
@@ -131,7 +131,7 @@ def _same_relation(a, b, symbolic, again):
 
 def _squeezed(text):
     """Without white space, but for that between digits: "3 1/2" is not 31/2."""
-    return re.sub(r"(?<![\d,])\s+|\s+(?!\d)", "", text)
+    return re.sub(r"(?<![\d,.])\s+|\s+(?![\d.])", "", text)
 
 
 def _number(text):
@@ -166,7 +166,7 @@ def _divide(a, b):
 
 def _label(text):
     """("x", "5") of "x = 5"; ("", text) if nothing in front says what the answer is called."""
-    if m := re.match(r"\\text\s*\{[^{}]*[a-z]\s*[:=]\s*\}", text):
+    if m := re.match(r"\\text\s*\{[^{}]*[a-z]\s*(?:[:=]|\sis)\s*\}", text):
         return m[0], text[m.end() :]
     parts, signs = _split(text, RELATIONS)
     if len(signs) != 1 or signs[0] not in ("=", "\\in") or not LABEL.fullmatch(parts[0].strip()):
@@ -205,7 +205,7 @@ def _pieces(text):
         return "union", parts
     if re.fullmatch(VALUE, measured(text)[0]):  # 1,234 cm
         return "", []
-    joined = r"\\text\s*\{\s*(?:or|and)\s*\}|\\lor(?![a-z])|(?<=[\s\d)}\]])(?:or|and)(?=[\s\d({\\-])"
+    joined = r"\\text\s*\{\s*(?:or|and)\s*\}|\\lor(?![a-z])|(?<=[\s\d,)}\]])(?:or|and)(?=[\s\d({\\-])"
     parts = _split(re.sub(joined, ",", text), (",", ";"))[0]
     if len(parts) == 1 and (m := re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)):
         return "list", _signs(_split(m[1], (",", ";"))[0])

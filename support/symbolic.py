@@ -115,6 +115,7 @@ KNOWN = (  # commands that the parser reads as everybody does
 )
 ACCENTS = "bar|overline|vec|overrightarrow|hat|widehat|tilde|dot|mathcal|mathfrak"
 NAME = re.compile(  # a variable with all that is attached to it; or a command, to step over it
+    r"(?P<call>(?<![a-zA-Z\\])f'*\s*\((?:[^()]|\([^()]*\))*\))|"
     rf"(\\(?:{ACCENTS})\s*\{{\s*\\?\w+\s*\}}|\\(?:{GREEK})(?![a-zA-Z])|(?<!\\)[^\W\d_])"
     r"(\s*_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\d+|[a-zA-Z]))?"
     r"((?:\s*'|\s*\^\s*(?:\\prime(?![a-zA-Z])|\{(?:\s|'|\\prime)+\}))*)|\\[a-zA-Z]+"
@@ -145,14 +146,22 @@ def plain(text, names):
     bound, indexed = BOUND.search(text), "\\sum" in text or "\\prod" in text
 
     def name(m):
-        if not m[1]:
+        call, letter, below, primes = m.groups()
+        if not call and not letter:
             return m[0]
-        key = re.sub(r"\s", "", m[1]), re.sub(r"[\s{}]", "", m[2] or ""), len(re.findall("'|prime", m[3]))
-        if not any(key[1:]) and re.fullmatch("[A-Za-z]", m[1]):
-            if bound and m[1] not in "eiEI":
-                return m[1]
-            if m[1] != "i" or not indexed:
-                return rf"\variable{{{m[1]}}}"
+        if call:  # f(2x) is not 2f(x); another letter before a parenthesis is a factor
+            key = re.sub(r"\s", "", call)
+        else:
+            key = (
+                re.sub(r"\s", "", letter),
+                re.sub(r"[\s{}]", "", below or ""),
+                len(re.findall("'|prime", primes)),
+            )
+        if not call and not any(key[1:]) and re.fullmatch("[A-Za-z]", letter):
+            if bound and letter not in "eiEI":
+                return letter
+            if letter != "i" or not indexed:
+                return rf"\variable{{{letter}}}"
         return rf"\variable{{n{names.setdefault(key, len(names))}}}"
 
     text = NAME.sub(name, text)
@@ -160,7 +169,8 @@ def plain(text, names):
     text = DEGREES.sub(r"(\\frac{\\pi \1}{180})", text)
     text = re.sub(r"\s+_", "_", text)
     unknown = set(re.findall(r"\\([a-zA-Z]+|.)", text)) - set(KNOWN.split("|"))
-    if unknown or LEFT_OVER.search(text):
+    infinite = "\\infty" in text and not re.fullmatch(r"\s*[-+]?\s*\\infty\s*", text) and not bound
+    if unknown or infinite and not indexed or LEFT_OVER.search(text):
         raise ValueError(f"the parser would misread {text}")
     text = _arguments(text)
     # a number beside a parenthesis or a fraction in front of one is a factor, no part of a mixed number

@@ -18,7 +18,7 @@ TABLE = {  # kind: units, each with its one name first; a plural in s or es is u
         decade, century centuries""",
     "mass, volume, area": """
         gram gm g gramme, kilogram kg kilo, milligram mg, ton tonne, pound lb, ounce oz, liter
-        litre L l, milliliter millilitre mL ml, gallon gal, quart qt, pint pt, cup, teaspoon
+        litre L, milliliter millilitre mL ml, gallon gal, quart qt, pint pt, cup, teaspoon
         tsp, tablespoon tbsp, acre, hectare, bushel, centimeter^3 cc""",
     "angle": "degree deg °, radian rad",
     "temperature": """
@@ -119,6 +119,6 @@ def _product(value, letters, gold):
     short = len(letters.strip())
     if gold and short <= 2 and not letters[0].isspace():
         return True
-    return not NUMBER.fullmatch(value) and (
-        short == 1 or re.search("[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", value))
-    )
+    if short == 1:
+        return not re.fullmatch(r"[-+]?[\d.,]+", value)
+    return not NUMBER.fullmatch(value) and re.search("[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", value))
