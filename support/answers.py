@@ -40,8 +40,8 @@ WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[\s'-]+[A-Za-z]+)*")
 # a numeral in another base, a time, a ratio
 LITERAL = re.compile(r"[^_:]*\d\s*(?:_\s*\{?\s*\w+\s*\}?|:\s*\d+(?::\d+)?)")
 MATRIX = re.compile(
-    r"(.*?)\s*([(\[|]?)\s*\\begin\{([pbBvV]?)(?:small)?(?:matrix|array)\}(?:\s*\{[lcr|\s]*\})?"
-    r"((?:(?!\\begin).)*)\\end\{[pbBvV]?(?:small)?(?:matrix|array)\}\s*[)\]|]?",
+    r"(.*?)\s*([(\[|]?)\s*\\begin\{([pbBvV]?(?:small)?(?:matrix|array))\}(?:\s*\{[lcr|\s]*\})?"
+    r"((?:(?!\\begin).)*)\\end\{\3\}\s*[)\]|]?",
     re.DOTALL,
 )
 TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
@@ -72,10 +72,8 @@ def _same(a, b, symbolic, depth=0):
 
     (label_a, rest_a), (label_b, rest_b) = _label(a), _label(b)
     sides_a, sides_b = _sides(a), _sides(b)
-    if label_a and label_b == label_a:
-        return again(rest_a, rest_b)
-    if label_a and not sides_b or label_b and not sides_a:  # "x = 5" is 5
-        return again(rest_a, rest_b)
+    if label_a and (label_a == label_b or not sides_b) or label_b and not sides_a:
+        return _same(rest_a.strip(), rest_b.strip(), symbolic, depth)  # "x = 5" is 5
     if sides_a or sides_b:
         return _same_relation(sides_a or a, sides_b or b, symbolic, again)
     x, y = _number(a), _number(b)
@@ -95,7 +93,7 @@ def _same(a, b, symbolic, depth=0):
                 return False
             rest.remove(match)
         return True
-    (value_a, unit_a), (value_b, unit_b) = measured(a), measured(b, gold=True)
+    (value_a, unit_a), (value_b, unit_b) = measured(a, letters=not depth), measured(b)
     if unit_a or unit_b:  # a unit may be left out, but not exchanged
         return (not (unit_a and unit_b) or unit_a == unit_b) and again(value_a, value_b)
     if LITERAL.fullmatch(a) or LITERAL.fullmatch(b):
@@ -195,7 +193,7 @@ def _pieces(text):
     """
     if m := MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\", m[4].strip().removesuffix("\\\\"))]
-        shape = "det" if m[3] in ("v", "V") or m[2] == "|" else "matrix"
+        shape = "det" if m[3][0] in "vV" or m[2] == "|" else "matrix"
         factor = re.sub(r"\\(cdot|times)\s*$", "", m[1]).replace("-", "-1", m[1].strip() == "-")
         if shape == "matrix" or not factor:
             entries = [f"({factor})\\cdot({entry})" if factor else entry for row in rows for entry in row]

@@ -58,7 +58,7 @@ def _repeating(m):
     return f"\\frac{{{int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or '0')}}}{{{nines}}}"
 
 
-FONT = rf"\\(mbox|hbox|emph|boldsymbol|bm|pmb|text[a-z]*|math(?:rm|bf|sf|it|tt|normal))\s*{BRACED}"
+FONT = rf"\\(mbox|hbox|emph|boldsymbol|bm|pmb|text|(?:text|math)(?:bf|it|rm|sf|tt|sc|up|normal))\s*{BRACED}"
 SPELLINGS = [  # what is written in several ways gets one; in this order
     (r"(?<=\d)(?:,\s*\\!|\{,\s*\}|\\,)\s*(?=\d{3}(?!\d))", ""),
     (r"\\(left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|(?<!\\)(?:\$|\\[()\[\]])", ""),

@@ -93,10 +93,11 @@ def _name(text, squared):
     return name + powers[0] if len(powers) == 1 and tokens[1:] and kind == squared else ""
 
 
-def measured(text, gold=False):
+def measured(text, letters=False):
     """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" where there is none.
 
-    gold: it is a gold answer, in which one or two letters right behind a number are variables.
+    letters: one or two letters right behind a number may be a unit: in an answer, but not in a gold
+    answer, where they are variables.
     """
     tail = TAIL.search(text)
     for i in range(max(tail.start(), 1), len(text)) if tail else ():
@@ -109,16 +110,16 @@ def measured(text, gold=False):
             continue
         if name == "degree" and FUNCTION.search(value):
             continue  # of the function's argument
-        if upright or "\\text" in text[i:] or not _product(value, text[len(value) :], gold):
+        if upright or "\\text" in text[i:] or not _product(value, text[len(value) :], letters):
             return value, name
     return text, ""
 
 
-def _product(value, letters, gold):
-    """Whether letters behind a value are variables: in x^2 m, 2\\sqrt{3}s; 3s is a time, but not in LaTeX."""
-    short = len(letters.strip())
-    if gold and short <= 2 and not letters[0].isspace():
+def _product(value, tail, letters):
+    """Whether the tail of letters behind a value is no unit but variables, as in x^2 m and 2\\sqrt{3}s."""
+    short = len(tail.strip())
+    if short <= 2 and not letters and not tail[0].isspace():
         return True
     if short == 1:
-        return not re.fullmatch(r"[-+]?[\d.,]+", value)
+        return tail.strip() not in "mgshL" or not re.fullmatch(r"[-+]?[\d.,]+", value)
     return not NUMBER.fullmatch(value) and re.search("[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", value))

@@ -3,8 +3,13 @@
 Then what the grader does with hostile answers, and with its workers.
 """
 
+import json
+import math
 import os
+import random
+import re
 import signal
+import string
 import subprocess
 import sys
 import threading
@@ -814,8 +819,6 @@ def test_works_under_torchrun(tmp_path):
 
 
 def test_math_gold_answers_equal_themselves_and_not_the_next(shared_data):
-    import json
-
     golds = sorted(
         {
             json.loads(line)["answer"]
@@ -838,3 +841,65 @@ def test_math_gold_answers_equal_themselves_and_not_the_next(shared_data):
     )  # 0.5 beside \frac12 are equal
     assert g.counts["timed_out"] == 0
     g.close()
+
+
+def numbers_of(text):
+    """The numbers in an answer, by other means than the grader's: Python computes them, with numbers
+    for the letters. ValueError if it does not look like numbers.
+    """
+    text = re.sub(r"\\\\|\\(begin|end) *\{[pb]?matrix\}|[&\[\]]|\\cup", ",", text)
+    text = re.sub(r"\\(left|right|!|\$| )|\$|\\text ?\{[^{}]*\}|\^ *(\{ *)?\\circ *\}?|\\?%", "", text)
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = text.replace("\\infty", "999983").replace("\\pi", "p")
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"\\(frac|sqrt) *(\w)", r"\\\1{\2}", text)
+    text = re.sub(r"(\\frac *\{(?:[^{}]|\{[^{}]*\})*\}) *(\w)", r"\1{\2}", text)
+    for _ in range(3):
+        text = re.sub(r"\\frac *\{([^{}]*)\} *\{([^{}]*)\}", r"((\1)/(\2))", text)
+        text = re.sub(r"\\sqrt *\{([^{}]*)\}", r"((\1)**0.5)", text)
+    text = re.sub(r"\^ *\{([^{}]*)\}", r"**(\1)", text).replace("^", "**")
+    if not re.fullmatch(r"[\d\sa-zA-Z+\-*/().,{}]*", text):
+        raise ValueError(f"no numbers: {text}")
+    text = re.sub(r"(?<=[\da-zA-Z)]) *(?=[a-zA-Z(])|(?<=[a-zA-Z)]) *(?=\d)", "*", text)
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"[{}]", "", text))
+    values = {letter: 1.0 + 0.0371 * i for i, letter in enumerate(string.ascii_letters)}
+    values |= {"p": math.pi, "i": 1j, "e": math.e}
+    numbers = []
+    for part in text.split(","):
+        part = part.strip(" *")
+        if part.count("(") > part.count(")"):  # the bracket of a tuple
+            part = part.replace("(", "", 1)
+        elif part.count("(") < part.count(")"):
+            part = part[::-1].replace(")", "", 1)[::-1]
+        numbers += [eval(part.strip(" *"), {"__builtins__": {}}, values)] if part else []
+    return numbers
+
+
+def test_mutated_gold_answers_are_accepted_only_where_they_are_equal(shared_data):
+    """One token of a MATH gold answer replaced, added or left out. What is accepted is either the same
+    but for white space and size, or has the same numbers.
+    """
+    lines = (shared_data / "math" / "test.jsonl").read_text().splitlines()
+    token = re.compile(r"\\[a-zA-Z]+|\\.|.")
+    golds = [gold for gold in (json.loads(line)["answer"] for line in lines) if "=" not in gold]
+    tokens = sorted({t for gold in golds for t in token.findall(gold)})
+    draw, pairs = random.Random(7), []
+    for gold in golds:
+        for _ in range(4):
+            parts = token.findall(gold)
+            i, new = draw.randrange(len(parts)), draw.choice(tokens)
+            parts[i : i + draw.choice([0, 1, 1])] = draw.choice([[new], []])
+            pairs.append((grader.extract_answer(f"\\boxed{{{''.join(parts)}}}") or "", gold))
+    g = grader.Grader()
+    right = g.grade([f"\\boxed{{{answer}}}" for answer, _ in pairs], [gold for _, gold in pairs])
+    g.close()
+    accepted = [(a, b) for (a, b), r in zip(pairs, right) if r and bare(a) != bare(b)]
+    assert len(accepted) > 10
+    for a, b in accepted:
+        x, y = numbers_of(a), numbers_of(b)
+        assert len(x) == len(y) and all(abs(p - q) < 1e-9 * (1 + abs(p)) for p, q in zip(x, y)), (a, b)
+
+
+def bare(text):
+    """Without white space and sizes, and without braces around it all."""
+    return re.sub(r"^(?:\\text)?\{(.*)\}$", r"\1", re.sub(r"\s|\\(left|right|!|\s)", "", text))
