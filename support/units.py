@@ -117,9 +117,9 @@ def measured(text, letters=False):
 
 def _product(value, tail, letters):
     """Whether the tail of letters behind a value is no unit but variables, as in x^2 m and 2\\sqrt{3}s."""
-    short = len(tail.strip())
-    if short <= 2 and not letters and not tail[0].isspace():
+    word = tail.strip()
+    if len(word) <= 2 and word.isalpha() and not letters and not tail[0].isspace():
         return True
-    if short == 1:
-        return tail.strip() not in "mgshL" or not re.fullmatch(r"[-+]?[\d.,]+", value)
+    if len(word) == 1 and word.isalpha():
+        return word not in "mgshL" or not re.fullmatch(r"[-+]?[\d.,]+", value)
     return not NUMBER.fullmatch(value) and re.search("[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", value))
