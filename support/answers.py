@@ -30,8 +30,8 @@ VARIABLE = rf"(?:\\(?:{ACCENTS})\s*\{{\w+\}}|\\(?:{GREEK})(?![a-z])|[A-Za-z])(?:
 ARGUMENT = r"\(\s*-?[^()+=<>-]*(?:\(-?[^()+=<>-]*\))?\s*\)"
 LABEL = re.compile(  # what an answer may be called
     rf"{VARIABLE}|[A-Za-z]\([A-Za-z]\)|(?:(?![a-eiklmnoxyz]){VARIABLE}|[A-Z])(?:\^\{{-1\}}\s*)?{ARGUMENT}|[A-Z]\^\{{-1\}}"
-    rf"|\(\s*{VARIABLE}(?:\s*,\s*{VARIABLE})+\s*\)|(?:\\(?:sin|cos|tan)\s*)?(?:m\s*)?\\(?:angle|triangle)\s*\{{?\w{{1,3}}\}}?"
-    rf"|\\(?:sin|cos|tan)\s*(?:[A-Z]|\\[a-z]+)|[A-Z]{{2,4}}|\|(?:\\overline\s*\{{)?[A-Z]{{2}}\}}?\||P\([^()]*\)|\[[A-Z]{{3,}}\]"
+    rf"|\(\s*{VARIABLE}(?:\s*,\s*{VARIABLE})+\s*\)|(?:\\(?:sin|cos|tan)\s*)?(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*\{{?\w{{1,3}}\}}?"
+    rf"|\\(?:sin|cos|tan)\s*(?:[A-Z]|\\[a-z]+)|[A-Z]{{2,4}}|\|(?:\\overline\s*\{{)?[A-Z]{{2}}\}}?\||P\([^()]*\)|\[(?:\\triangle\s*)?[A-Z]{{3,}}\]"
     r"|\\text\s*\{(?!\s*not\b)[^{}]*[a-z][^{}]*\}(?:\s*(?:\\triangle\s*)?[A-Z]{1,4})?|[A-Z][a-z]{2,}(?:\s[A-Za-z]+)*"
 )
 RELATIONS = ("=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\equiv", "\\approx", "\\sim", "\\to")
@@ -164,7 +164,7 @@ def _divide(a, b):
 
 def _label(text):
     """("x", "5") of "x = 5"; ("", text) if nothing in front says what the answer is called."""
-    if m := re.match(r"\\text\s*\{[^{}]*[a-z]\s*(?:[:=]|\sis)\s*\}", text):
+    if m := re.match(r"\\text\s*\{[^{}]*[a-z]\s*(?:(?:[:=]|\sis)\s*\}|\}\s*:)", text):
         return m[0], text[m.end() :]
     parts, signs = _split(text, RELATIONS)
     if len(signs) != 1 or signs[0] not in ("=", "\\in") or not LABEL.fullmatch(parts[0].strip()):
