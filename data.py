@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from grader import boxed
 from support.arithmetic import arithmetic
 from support.files import FILE_TYPES, only_file, read_rows
 
@@ -191,6 +192,8 @@ def _problem(where, row):
     if "####" in answer or "\\boxed" in answer:  # GSM8K's answer column is a solution
         solution, answer = answer, ""
     answer = answer or _gold(solution)
+    if (boxed(solution) or "").endswith(f", {answer}"):  # the column holds the last of several boxes only
+        answer = boxed(solution)
     if not answer:
         advice = "fill answer, or end the solution in \\boxed{..} or '#### n'"
         raise ValueError(f"{where} has no gold answer: {advice}")
@@ -204,9 +207,4 @@ def _gold(solution):
     """The answer at the end of a worked solution, or "" (grader.extract_answer reads sampled text)."""
     if "####" in solution:
         return solution.rsplit("####", 1)[1].strip()
-    start, depth = solution.rfind("\\boxed{"), 0
-    for i in range(start + len("\\boxed"), len(solution) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(solution[i], 0)
-        if depth == 0:
-            return solution[start + len("\\boxed{") : i].strip()
-    return ""
+    return boxed(solution) or ""

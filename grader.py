@@ -5,7 +5,8 @@ anything.
     grader.grade(texts, golds)  # [True, False, ...]
 
 The rules of equality are in support/answers.py. What they leave to symbolic comparison goes to
-math-verify, in a worker process that the kernel ends when its time is up (support/symbolic.py).
+math-verify, in a worker process that the kernel ends when it has used up its CPU time
+(support/symbolic.py): how busy the machine is does not change a verdict.
 Unlike the paper's reward nothing is approximate: there is no percentage rule and no tolerance of
 1e-3 (docs/differences.md).
 """
@@ -40,38 +41,74 @@ def _final_text(response):
 # --- the final answer of a text ---
 
 
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+SHORT_BOX = re.compile(r"[-+]?\d[\d.,/]*(?<![.,/])|[a-zA-Z]")  # of \boxed 7
+JOINT = re.compile(  # what may stand between two boxes of one answer
+    r"(?:[\s$,;~]|\\[()\[\], ;]|\\q?quad|and\b|or\b|\\(?:text|mbox)\s*\{[\s,]*(?:and|or)?[\s,]*\})+"
+)
+STATED = [
+    re.compile(pattern)
+    for pattern in (
+        r"####[ \t]*+(?!(?:\*\*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer\b)([^\n]*)",
+        r"(?im)^#+[ \t]*(?:\*\*)?(?:the )?(?:final )?answer(?:\*\*)?[ \t]*(?:\n|:(?:\*\*)?)\s*([^\n]*)",
+        r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\s|\.?$|\n)",
+    )
+]
+
+
 def extract_answer(text):
-    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else "The answer is ..".
+    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else what stands behind
+    a heading "# Answer", else "The answer is ..".
 
     None where there is none. A last box that is empty or never closed is no answer, and an earlier
-    one does not take its place.
+    one does not take its place; nor does one in a <think> block. Boxes joined by "and" or a comma
+    are one answer.
     """
-    box = text.rfind("\\boxed")
-    if box >= 0:
-        opening = re.compile(r"\s*\{").match(text, box + len("\\boxed"))
-        return _inside_braces(text, opening.end()) if opening else None
-    for pattern in (r"####[ \t]*([^\n]*)", r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\s|\.?$|\n)"):
-        stated = re.findall(pattern, text)
-        if stated:
-            return stated[-1].strip() or None
+    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
+    if BOX.search(text):
+        return boxed(text)
+    for pattern in STATED:
+        if stated := pattern.findall(text):
+            sentence = STATED[-1].match(stated[-1])
+            return (sentence[1] if sentence else stated[-1]).strip() or None
     return None
 
 
-def _inside_braces(text, start):
-    """The text up to the brace that closes the one before start; None if it is empty or none closes."""
-    depth = 1
+def boxed(text):
+    r"""What is in the last \boxed{..} or \fbox{..}, and in those joined to it; None if nothing is."""
+    answers, boundary = [], None
+    for box in reversed(list(BOX.finditer(text))):
+        inside, end = _inside_box(text, box.end())
+        joint = text[end:boundary] if answers else ""
+        if answers and not (inside and JOINT.fullmatch(joint) and re.search(r"(?<!\\)[,;]|and|or", joint)):
+            break
+        if not inside:
+            return None
+        if inside not in answers:  # or it is only said twice
+            answers.append(inside)
+        boundary = box.start()
+    return ", ".join(reversed(answers)) or None
+
+
+def _inside_box(text, start):
+    """(the text of the box that begins at start, where it ends); None if it is empty or never closed."""
+    if text[start : start + 1] != "{":
+        short = SHORT_BOX.match(text, start)
+        return (short.group(), short.end()) if short else (None, start)
+    depth = 0
     for m in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(m.group(), 0)
         if depth == 0:
-            return text[start : m.start()].strip() or None
-    return None
+            return text[start + 1 : m.start()].strip() or None, m.end()
+    return None, len(text)
 
 
 # --- cache and processes ---
 
 
 class Grader:
-    """Grades with `workers` processes for the symbolic part, which has `timeout` seconds for a pair.
+    """Grades with `workers` processes for the symbolic part, which has `timeout` seconds of CPU time
+    for a pair.
 
     counts: pairs graded, answered from the cache (every distinct pair is graded once), timed_out,
     and texts with no_answer. on_graded is called after each pair, in the thread that graded it.
@@ -102,7 +139,7 @@ class Grader:
         results = {pair: self._started.pop(pair).result() for pair in new}
         known = self.cache | results
         for pair, right in results.items():
-            # one that ran out of time, perhaps on a busy machine, gets another chance
+            # one that was given up gets another chance
             if right is not None and len(pair[0]) <= MAX_LENGTH:
                 self.cache[pair] = right
         missing = sum(answer is None for answer, _ in pairs)

@@ -4,80 +4,52 @@ without executing anything.
     equal("0.5", "\\frac{1}{2}", symbolic)  ->  True
 
 The pieces: lists and sets (in any order), tuples and intervals (in order, with their brackets),
-matrices, numbers (compared as exact fractions), words. Only a scalar expression that is none of
-these is left to symbolic.
+matrices, relations, numbers (compared as exact fractions), units, words. Only a scalar expression
+that is none of these is left to symbolic.
 """
 
 import re
 from fractions import Fraction
 
+from support.spellings import TEXT, VALUE
+from support.spellings import normal as _normal
+from support.symbolic import ACCENTS, FUNCTIONS, GREEK
+from support.units import measured
+
 MAX_LENGTH = 400  # characters of an answer; no gold answer of MATH or GSM8K has half as many
 
-SPELLINGS = [  # what is written in several ways gets one; in this order
-    (r"\\(left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|\\\$|\$", ""),
-    (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),
-    (r"(?<=\w)\s*\*\*\s*(\w+)", r"^{\1}"),
-    (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
-    (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " "),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\(boldsymbol|bm|emph|mbox|text[a-z]+|math(bf|rm|it|sf))(?![a-zA-Z])", r"\\text"),
-    (r"\\?%", r"\\text{%}"),
-    (r"\^\s*(\\circ|\{\s*\\circ\s*\})|\\degrees?(?![a-zA-Z])|°", r"\\text{degrees}"),
-    (r"\s+degrees?$", r"\\text{degrees}"),
-    (r"[−–]", "-"),
-    (r"\\(le|ge|ne)(?![a-zA-Z])", r"\\\1q"),
-    (r"\\(lbrace|rbrace)(?![a-zA-Z])", lambda m: "\\{" if m[1][0] == "l" else "\\}"),
-    (r"π|(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-    (r"∞", r"\\infty "),
-    (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"),
-    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-    (r"(?<=\d)\{,\}(?=\d{3})", ","),
-    (r"^(\(\s*)?\\text\s*\{\s*(\(?[A-Z]\)?)\s*\}(\s*\))?$", r"\1\2\3"),
-]
-SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
-VALUE = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 SLASHED = re.compile(rf"({VALUE})\s*/\s*({VALUE})")
 FRACTION = re.compile(rf"([-+]?)\s*\\frac\s*\{{\s*({VALUE})\s*\}}\s*\{{\s*({VALUE})\s*\}}")
 MIXED = re.compile(
     r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))"
 )
 SCIENTIFIC = re.compile(
-    rf"({VALUE})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([-+]?\d{{1,3}})\s*\}}|(\d))"
+    rf"({VALUE})\s*(?:(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([-+]?\d{{1,3}})\s*\}}|(\d))|[eE]([-+]?\d{{1,3}}))"
 )
-UNIT = re.compile(
-    r"(?P<value>.*[^\s{(\[,])\s*(?:\\text\s*\{(?P<text>[^{}]*)\}(?:\s*\^\s*\{?(?P<power>\d)\}?)?"
-    r"|(?<=\d)\s+(?P<words>(?!or\b|and\b|pi\b)(?:[A-Za-z]{2,}|[gmhsL]\b)(?:[\s./]+[A-Za-z]+)*)(?:\s*\^\s*\{?(?P<power2>\d)\}?)?)",
-    re.DOTALL,
+VARIABLE = rf"(?:\\(?:{ACCENTS})\s*\{{\w+\}}|\\(?:{GREEK})(?![a-z])|[A-Za-z])(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
+ARGUMENT = r"\(\s*-?[^()+=<>-]*(?:\(-?[^()+=<>-]*\))?\s*\)"
+LABEL = re.compile(  # what an answer may be called
+    rf"{VARIABLE}|[A-Za-z]\([A-Za-z]\)|(?:(?![a-eiklmnoxyz]){VARIABLE}|[A-Z])(?:\^\{{-1\}}\s*)?{ARGUMENT}|[A-Z]\^\{{-1\}}"
+    rf"|\(\s*{VARIABLE}(?:\s*,\s*{VARIABLE})+\s*\)|(?:\\(?:sin|cos|tan)\s*)?(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*\{{?\w{{1,3}}\}}?"
+    rf"|\\(?:sin|cos|tan)\s*(?:[A-Z]|\\[a-z]+)|[A-Z]{{2,4}}|\|(?:\\overline\s*\{{)?[A-Z]{{2}}\}}?\||P\([^()]*\)|\[(?:\\triangle\s*)?[A-Z]{{3,}}\]"
+    r"|\\text\s*\{(?!\s*not\b)[^{}]*[a-z][^{}]*\}(?:\s*(?:\\triangle\s*)?[A-Z]{1,4})?|[A-Z][a-z]{2,}(?:\s[A-Za-z]+)*"
 )
-NO_UNIT = re.compile(  # words that say how many, or something else altogether
-    r"hundred|thousand|[mb]illion|dozen|squared|cubed|factorial|base|mod|plus|minus|times|over|not|is|if|or|and|a?r?c?(sin|cos|tan)h?|log|ln|sqrt"
-)
-UNIT_NAMES = {
-    "percent": "%",
-    "meters": "m",
-    "meter": "m",
-    "centimeters": "cm",
-    "inch": "inches",
-    "degree": "degrees",
-    "dollar": "dollars",
-}
-LABEL = re.compile(
-    r"\s*((?:m?\\angle\s*)?[A-Z]{2,3}|[A-Za-z](?:\s*\([A-Za-z]\)|_\{?\w\}?)?)\s*(?:=|\\in(?![a-z]))(?!.*[=<>])"
-)
+RELATIONS = ("=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\equiv", "\\approx", "\\sim", "\\to")
+FLIPPED = {">": "<", "\\geq": "\\leq"}
 WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[\s'-]+[A-Za-z]+)*")
 # a numeral in another base, a time, a ratio
 LITERAL = re.compile(r"[^_:]*\d\s*(?:_\s*\{?\s*\w+\s*\}?|:\s*\d+(?::\d+)?)")
-DROPPED = ("=", "\\approx", "\\pmod", "\\bmod", "\\equiv", "\\dots", "\\ldots")  # by math-verify, in part
 MATRIX = re.compile(
-    r"\\begin\{([pbBvV]?)(?:matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{[pbBvV]?(?:matrix|array)\}", re.DOTALL
+    r"(.*?)\s*([(\[|]?)\s*\\begin\{([pbBvV]?(?:small)?(?:matrix|array))\}(?:\s*\{[lcr|\s]*\})?"
+    r"((?:(?!\\begin).)*)\\end\{\3\}\s*[)\]|]?",
+    re.DOTALL,
 )
 TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 
 
 def equal(answer, gold, symbolic):
-    """Whether two answers are the same one. symbolic(a, b) -> bool decides about scalar expressions
-    that no rule covers.
+    """Whether two answers are the same one. symbolic(a, b) -> bool decides about two scalar
+    expressions, and about two relations of them, "(left)=(right)", that no rule covers.
     """
     answer, gold = " ".join(answer.split()), " ".join(gold.split())
     if answer == gold:
@@ -87,14 +59,6 @@ def equal(answer, gold, symbolic):
     if any(c.isdecimal() and not c.isascii() for c in answer):
         return False
     return _same(_normal(answer), _normal(gold), symbolic)
-
-
-def _normal(text):
-    for pattern, new in SPELLINGS:
-        text = pattern.sub(new, text)
-    text = text.strip().rstrip(".").strip().strip("*").strip()
-    whole = re.fullmatch(r"\\text\s*\{([^{}]*)\}", text)
-    return whole[1].strip().rstrip(".") if whole else text
 
 
 def _same(a, b, symbolic, depth=0):
@@ -107,8 +71,11 @@ def _same(a, b, symbolic, depth=0):
         return _same(x.strip(), y.strip(), symbolic, depth + 1)
 
     (label_a, rest_a), (label_b, rest_b) = _label(a), _label(b)
-    if label_a or label_b:  # "x = 5" is 5, but not "y = 5"
-        return (not (label_a and label_b) or label_a == label_b) and again(rest_a, rest_b)
+    sides_a, sides_b = _sides(a), _sides(b)
+    if label_a and (label_a == label_b or not sides_b) or label_b and not sides_a:
+        return _same(rest_a.strip(), rest_b.strip(), symbolic, depth)  # "x = 5" is 5
+    if sides_a or sides_b:
+        return _same_relation(sides_a or a, sides_b or b, symbolic, again)
     x, y = _number(a), _number(b)
     if x is not None and y is not None:
         return x == y
@@ -126,33 +93,43 @@ def _same(a, b, symbolic, depth=0):
                 return False
             rest.remove(match)
         return True
-    (value_a, unit_a), (value_b, unit_b) = _unit(a), _unit(b)
+    (value_a, unit_a), (value_b, unit_b) = measured(a, letters=not depth), measured(b)
     if unit_a or unit_b:  # a unit may be left out, but not exchanged
         return (not (unit_a and unit_b) or unit_a == unit_b) and again(value_a, value_b)
     if LITERAL.fullmatch(a) or LITERAL.fullmatch(b):
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
-    a, b = (re.sub(r"^\(([A-Z])\)$", r"\1", x.strip()) for x in (a, b))
-    if WORDS.fullmatch(a) and WORDS.fullmatch(b):
-        return a == b or len(a) > 1 and a.casefold() == b.casefold()  # one letter is a choice
-    if any((sign in a) != (sign in b) for sign in DROPPED):
+    word_a, word_b = TEXT.sub(r"\1", a), TEXT.sub(r"\1", b)
+    in_words = (word_a, word_b) != (a, b)
+    if in_words or WORDS.fullmatch(a) and WORDS.fullmatch(b):
+        fold = in_words or len(a) > 3 or a.casefold() in ("yes", "odd")  # R and r are letters, not words
+        return word_a == word_b or fold and word_a.casefold() == word_b.casefold()
+    if not re.search(rf"\\({FUNCTIONS}|pi)(?![a-z])", a + b):
+        a, b = (x.replace("^\\circ", " ") for x in (a, b))  # 90^\circ - x
+    return symbolic(a, b)
+
+
+def _same_relation(a, b, symbolic, again):
+    """a, b: (signs, sides), or the text of what is no relation."""
+    if isinstance(a, str) or isinstance(b, str):  # "x = 2+3 = 5" is 5 if each of its sides is
+        (signs, sides), other = (b, a) if isinstance(a, str) else (a, b)
+        chain = len(signs) > 1 and set(signs) == {"="} and LABEL.fullmatch(sides[0].strip())
+        return bool(chain) and all(again(*((other, s) if other is a else (s, other))) for s in sides[1:])
+    (signs_a, sides_a), (signs_b, sides_b) = a, b
+    if signs_a != signs_b:  # "x = 2+3 = 5" is "x = 5"
+        named = set(signs_a + signs_b) == {"="} and LABEL.fullmatch(sides_a[0].strip())
+        same = named and again(sides_a[0], sides_b[0])
+        return bool(same) and all(again(p, q) for p in sides_a[1:] for q in sides_b[1:])
+    orders = [sides_b, sides_b[::-1]] if set(signs_a) <= {"=", "\\neq"} else [sides_b]
+    if any(all(again(p, q) for p, q in zip(sides_a, order)) for order in orders):
+        return True
+    if len(signs_a) > 1 or signs_a[0] not in ("=", "\\neq", "<", "\\leq"):
         return False
-    if (
-        re.search(r"\d\s+\d", a + "|" + b)
-        or _letters(a) != _letters(b)
-        and _letters(a.lower()) == _letters(b.lower())
-    ):
-        return False  # 3 5 is not 35, and X is not x
-    return symbolic(_rational(a), _rational(b))
-
-
-def _letters(text):
-    """The variables of an expression."""
-    return set(re.findall(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", text)))
+    return symbolic(*(f"({left}){signs_a[0]}({right})" for left, right in (sides_a, sides_b)))
 
 
 def _squeezed(text):
     """Without white space, but for that between digits: "3 1/2" is not 31/2."""
-    return re.sub(r"(?<![\d,])\s+|\s+(?!\d)", "", text)
+    return re.sub(r"(?<![\d,.])\s+|\s+(?![\d.])", "", text)
 
 
 def _number(text):
@@ -173,7 +150,7 @@ def _number(text):
         part = _divide(m[3] or m[5], m[4] or m[6])
         return None if part is None else (-1 if m[1] == "-" else 1) * (int(m[2]) + part)
     if m := SCIENTIFIC.fullmatch(text):
-        return _fraction(m[1]) * Fraction(10) ** int(m[2] or m[3])
+        return _fraction(m[1]) * Fraction(10) ** int(m[2] or m[3] or m[4])
     return None
 
 
@@ -185,28 +162,29 @@ def _divide(a, b):
     return _fraction(a) / _fraction(b) if _fraction(b) else None
 
 
-def _rational(text):
-    """Decimals written as fractions, so that nothing downstream computes with floating point."""
-    return re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
-
-
 def _label(text):
-    m = LABEL.match(text)
-    return (re.sub(r"[\s{}]", "", m[1]), text[m.end() :]) if m else ("", text)
+    """("x", "5") of "x = 5"; ("", text) if nothing in front says what the answer is called."""
+    if m := re.match(r"\\text\s*\{[^{}]*[a-z]\s*(?:(?:[:=]|\sis)\s*\}|\}\s*:)", text):
+        return m[0], text[m.end() :]
+    parts, signs = _split(text, RELATIONS)
+    if len(signs) != 1 or signs[0] not in ("=", "\\in") or not LABEL.fullmatch(parts[0].strip()):
+        return "", text
+    return re.sub(r"[\s{}]", "", parts[0]), parts[1]
 
 
-def _unit(text):
-    """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" where there is none."""
-    m = UNIT.fullmatch(text)
-    if not m or (m["words"] and _number(m["value"]) is None):  # "x^2 m" is a product
-        return text, ""
-    unit = m["text"] if m["text"] is not None else m["words"]
-    words = re.split(r"[\s.]+", unit.strip(" .").casefold())
-    if len(words) > 4 or any(NO_UNIT.fullmatch(word) for word in words):
-        return text, ""
-    return m["value"], " ".join(UNIT_NAMES.get(word, word) for word in words) + (
-        m["power"] or m["power2"] or ""
-    )
+def _sides(text):
+    """(signs, sides) of a relation or a chain of them, from the smaller to the larger; else None."""
+    parts, signs = _split(text, (*RELATIONS, ",", ";"))
+    if (
+        not signs
+        or "," in signs
+        or ";" in signs
+        or re.search(r"\\text\s*\{\s*(or|and)\s*\}|\s(or|and)\s", text)
+    ):
+        return None
+    if set(signs) <= set(FLIPPED):
+        return [FLIPPED[sign] for sign in signs[::-1]], parts[::-1]
+    return signs, parts
 
 
 def _pieces(text):
@@ -214,46 +192,56 @@ def _pieces(text):
     its brackets; ("", []) for a scalar.
     """
     if m := MATRIX.fullmatch(text):
-        rows = [row.split("&") for row in re.split(r"\\\\", m[2].strip().removesuffix("\\\\"))]
-        shape = "det" if m[1] in ("v", "V") else "matrix"
-        return f"{shape} {[len(row) for row in rows]}", [entry for row in rows for entry in row]
-    if "\\pm" in text and "," not in text:
-        return "list", [
-            text.replace("\\pm", "+").replace("\\mp", "-"),
-            text.replace("\\pm", "-").replace("\\mp", "+"),
-        ]
-    parts = _split(text, ("\\cup",))
+        rows = [row.split("&") for row in re.split(r"\\\\", m[4].strip().removesuffix("\\\\"))]
+        shape = "det" if m[3][0] in "vV" or m[2] == "|" else "matrix"
+        factor = re.sub(r"\\(cdot|times)\s*$", "", m[1]).replace("-", "-1", m[1].strip() == "-")
+        if shape == "matrix" or not factor:
+            entries = [f"({factor})\\cdot({entry})" if factor else entry for row in rows for entry in row]
+            return f"{shape} {[len(row) for row in rows]}", entries
+    parts = _split(text, ("\\cup",))[0]
     if len(parts) > 1:
         return "union", parts
-    if re.fullmatch(VALUE, text):
+    if re.fullmatch(VALUE, measured(text)[0]):  # 1,234 cm
         return "", []
-    parts = _split(
-        re.sub(r"\\text\s*\{\s*(?:or|and)\s*\}|(?<=[\s\d])(?:or|and)(?=\s)", ",", text), (",", ";")
-    )
+    joined = r"\\text\s*\{\s*(?:or|and)\s*\}|\\lor(?![a-z])|(?<=[\s\d,)}\]])(?:or|and)(?=[\s\d({\\-])"
+    parts = _split(re.sub(joined, ",", text), (",", ";"))[0]
+    if len(parts) == 1 and (m := re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)):
+        return "list", _signs(_split(m[1], (",", ";"))[0])
+    if len(parts) == 1 and (m := re.fullmatch(r"\{(.*)\}", text, re.DOTALL)):
+        parts = _split(m[1], (",", ";"))[0]
     if len(parts) > 1:
-        parts = [p for p in parts if p.strip()]  # "2, 3, and 5"
-        return "list", [q for p in parts for q in (_pieces(p)[1] if "\\pm" in p else [p])]
-    if m := re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL):
-        return "list", [p for p in _split(m[1], (",", ";")) if p.strip()]
+        return "list", _signs(parts)  # "2, 3, and 5"
+    if "\\pm" in text:
+        return "list", _signs([text])
     if m := re.fullmatch(r"([(\[])(.*)([)\]])", text, re.DOTALL):
-        parts = _split(m[2], (",", ";"))
+        parts = _split(m[2], (",", ";"))[0]
         if len(parts) > 1:
             return m[1] + m[3], parts
     return "", []
 
 
+def _signs(parts):
+    r"""The parts that are not empty; twice where there is a \pm."""
+    both = [
+        (p.replace("\\pm", "+").replace("\\mp", "-"), p.replace("\\pm", "-").replace("\\mp", "+"))
+        for p in parts
+    ]
+    return [q for p, pair in zip(parts, both) if p.strip() for q in (pair if "\\pm" in p else [p])]
+
+
 def _split(text, separators):
-    """Split at separators that stand outside of all brackets.
+    """(parts, the separators between them): those that stand outside of all brackets.
 
     A bracket that does not fit leaves the text whole.
     """
-    parts, depth, start = [], 0, 0
+    parts, found, depth, start = [], [], 0, 0
     for m in TOKEN.finditer(text):
         token = m.group()
         depth += (token in ("(", "[", "{", "\\{")) - (token in (")", "]", "}", "\\}"))
         if depth < 0:
-            return [text]
+            return [text], []
         if depth == 0 and token in separators:
             parts.append(text[start : m.start()])
+            found.append(token)
             start = m.end()
-    return [*parts, text[start:]] if depth == 0 else [text]
+    return ([*parts, text[start:]], found) if depth == 0 else ([text], [])

@@ -1,8 +1,13 @@
-"""Symbolic equality by math-verify, in processes that the kernel ends when their time is up."""
+"""Symbolic equality, in processes that the kernel ends when an answer has used up its time.
+
+math-verify's parser reads the LaTeX; sympy then has to prove that the two are equal. What it cannot
+prove is different: numbers that agree in many digits never count as equal.
+"""
 
 import json
 import os
 import queue
+import re
 import resource
 import signal
 import subprocess
@@ -10,6 +15,9 @@ import sys
 import time
 
 WORKER_BYTES = 4 << 30  # address space of a worker: Python, sympy, and what an answer may make of it
+# seconds of wall clock that an answer may take, and how many more for each second of its CPU time:
+# only one that sleeps takes so long, or one on a machine that is busy beyond use
+FAR, FAR_PER_SECOND = 30, 30
 
 
 class Workers:
@@ -21,20 +29,16 @@ class Workers:
             self._idle.put(_ready(worker))
 
     def ask(self, answer, gold, seconds):
-        """("equal", "different", or something else if the worker died of the pair; seconds)"""
+        """("equal", "different", or something else if the worker died of the pair; CPU seconds)"""
         worker = self._idle.get()
-        start = time.perf_counter()
         try:
             worker.stdin.write(json.dumps([answer, gold, seconds]) + "\n")
             worker.stdin.flush()
-            reply = worker.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        took = time.perf_counter() - start
-        if not reply:  # gone altogether: killed from outside, say
-            worker = _ready(_start_worker())
+            reply, *took = worker.stdout.readline().split()
+        except (BrokenPipeError, ValueError):  # gone altogether: killed from outside, say
+            worker, reply, took = _ready(_start_worker()), "", []
         self._idle.put(worker)
-        return reply.strip(), took
+        return reply, float(took[0]) if took else seconds
 
     def close(self):
         """End them. They also end when this process ends, since their input closes."""
@@ -66,40 +70,227 @@ def _work():
         if bound != resource.RLIM_INFINITY
     ]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), min(limits)))
-    import math_verify
-    from latex2sympy2_extended import NormalizationConfig
-
-    # without the default's removal of units: to it the h of "\\pi r^2h" is one
-    rules = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
-    )
-    latex = [math_verify.LatexExtractionConfig(normalization_config=rules)]
+    math = _Math()
     print("ready", flush=True)
     while True:
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # parsers complain there
-            _answer(math_verify, latex)
+            _answer(math)
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:  # its input has closed
             return
         print("killed", flush=True)
 
 
-def _answer(math_verify, latex):
+def _answer(math):
+    # the default action of both signals ends the process, in whatever code it is stuck
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
     for line in iter(sys.stdin.readline, ""):
-        answer, gold, timeout = json.loads(line)
-        # SIGALRM's default action ends the process, in whatever code it is stuck
-        signal.setitimer(signal.ITIMER_REAL, timeout)
-        parsing = dict(fallback_mode="no_fallback", parsing_timeout=None)
-        exact = dict(float_rounding=30, numeric_precision=60, strict=True, timeout_seconds=None)
+        answer, gold, seconds = json.loads(line)
+        before = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # CPU time: how busy the machine is does not matter
+        signal.setitimer(signal.ITIMER_REAL, FAR + FAR_PER_SECOND * seconds)
         try:
-            a, b = (math_verify.parse(f"${text}$", latex, **parsing) for text in (answer, gold))
-            same = bool(a and b) and math_verify.verify(b, a, **exact)
+            same = math.same(answer, gold)
         except Exception:
             same = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print("equal" if same else "different", flush=True)
+        print("equal" if same else "different", time.process_time() - before, flush=True)
+
+
+# --- what the parser is given: nothing that it would drop, merge or take for something else ---
+
+FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp"
+GREEK = (
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|omicron|varpi"
+    "|rho|varrho|sigma|varsigma|tau|upsilon|phi|varphi|chi|psi|omega"
+    "|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|hbar|ell"
+)
+KNOWN = (  # commands that the parser reads as everybody does
+    FUNCTIONS + "|variable|frac|sqrt|pi|infty|cdot|times|div|mod|binom|sum|prod|int|lim|to|gcd|lcm|max|min"
+    "|lfloor|rfloor|lceil|rceil"
+)
+ACCENTS = "bar|overline|vec|overrightarrow|hat|widehat|tilde|dot|mathcal|mathfrak"
+NAME = re.compile(  # a variable with all that is attached to it; or a command, to step over it
+    r"(?P<call>(?<![a-zA-Z\\])f'*\s*\((?:[^()]|\([^()]*\))*\))|"
+    rf"(\\(?:{ACCENTS})\s*\{{\s*\\?\w+\s*\}}|\\(?:{GREEK})(?![a-zA-Z])|(?<!\\)[^\W\d_])"
+    r"(\s*_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\d+|[a-zA-Z]))?"
+    r"((?:\s*'|\s*\^\s*(?:\\prime(?![a-zA-Z])|\{(?:\s|'|\\prime)+\}))*)|\\[a-zA-Z]+"
+)
+BOUND = re.compile(r"\\(int|lim)(?![a-z])|\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d\s*[a-z]")
+DEGREES = re.compile(  # of an operand
+    r"(\d+|\\variable\{\w+\}|\\frac\{[^{}]*\}\{[^{}]*\}|\([^()]*\))\s*(?:\^\s*\\circ|\^\s*\{\s*\\circ\s*\})"
+)
+LEFT_OVER = re.compile(  # numbers side by side, an index of no variable, a sign that the parser drops
+    r"\d\s+\d|(?<!\\log)(?<!\\sum)(?<!\\prod)(?<!\\int)(?<!\\lim)_|[^\w\s+\-*/^{}()\[\]|!,=\\]"
+)
+RELATION = re.compile(r"\((.*)\)(=|\\neq|<|\\leq)\((.*)\)")
+OPERAND = "\0"  # what follows belongs to a function
+TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+ENDS = {*"+-*/=,|", "\\cdot", "\\times", "\\div", "\\mod", *("\\" + name for name in FUNCTIONS.split("|"))}
+
+
+def plain(text, names):
+    """The LaTeX with each variable under a name of its own; names keeps them from text to text.
+
+    Raises ValueError for what the parser would not take at its word.
+    """
+    text = re.sub(r"\\operatorname\*?\s*\{\s*([a-z]+)\s*\}", r"\\\1 ", text)
+    text = re.sub(r"\\[lr]vert(?![a-z])", "|", text.replace("\\bmod", "\\mod"))
+    text = re.sub(  # nothing computes with floating point
+        r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text
+    )
+    bound, indexed = BOUND.search(text), "\\sum" in text or "\\prod" in text
+
+    def name(m):
+        call, letter, below, primes = m.groups()
+        if not call and not letter:
+            return m[0]
+        if call:  # f(2x) is not 2f(x); another letter before a parenthesis is a factor
+            key = re.sub(r"\s", "", call)
+        else:
+            key = (
+                re.sub(r"\s", "", letter),
+                re.sub(r"[\s{}]", "", below or ""),
+                len(re.findall("'|prime", primes)),
+            )
+        if not call and not any(key[1:]) and re.fullmatch("[A-Za-z]", letter):
+            if bound and letter not in "eiEI":
+                return letter
+            if letter != "i" or not indexed:
+                return rf"\variable{{{letter}}}"
+        return rf"\variable{{n{names.setdefault(key, len(names))}}}"
+
+    text = NAME.sub(name, text)
+    text = re.sub(r"([\^_])\s*(\d+)", r"\1{\2}", text)
+    text = DEGREES.sub(r"(\\frac{\\pi \1}{180})", text)
+    text = re.sub(r"\s+_", "_", text)
+    unknown = set(re.findall(r"\\([a-zA-Z]+|.)", text)) - set(KNOWN.split("|"))
+    infinite = "\\infty" in text and not re.fullmatch(r"\s*[-+]?\s*\\infty\s*", text) and not bound
+    if unknown or infinite and not indexed or LEFT_OVER.search(text):
+        raise ValueError(f"the parser would misread {text}")
+    text = _arguments(text)
+    # a number beside a parenthesis or a fraction in front of one is a factor, no part of a mixed number
+    text = re.sub(r"(?<=[\d)}])\s*(?=\()|(?<=[)}])\s*(?=\d|\\frac)", r"\\cdot ", text)
+    return text.replace(OPERAND, "")
+
+
+def _arguments(text):
+    r"""With parentheses around the argument of each function: the parser reads \sin x \cdot y as sin(xy)."""
+    tokens, out, i = TOKEN.findall(text), [], 0
+    while i < len(tokens):
+        out.append(tokens[i])
+        i += 1
+        function = re.fullmatch(rf"\\({FUNCTIONS})", out[-1])
+        if not function and out[-1] not in ("\\sum", "\\prod", "\\int", "\\lim"):
+            continue
+        while i < len(tokens) and tokens[i] in ("^", "_", " "):
+            end = _end(tokens, i + 1) if tokens[i] != " " else i + 1
+            out.append("".join(tokens[i:end]))
+            i = end
+        out.append(OPERAND)
+        if function and i < len(tokens) and tokens[i] not in ("(", "{", "[", "|"):
+            end = i
+            while end < len(tokens) and tokens[end] not in ENDS and tokens[end] not in (")", "}", "]"):
+                end = _end(tokens, end)
+            if end < len(tokens) and tokens[end] == "/":
+                raise ValueError(f"is the divisor part of the function's argument? {text}")
+            out.append("(" + _arguments("".join(tokens[i:end])) + ")")
+            i = end
+    return "".join(out)
+
+
+def _end(tokens, i):
+    """Where the token or group that begins at i ends."""
+    depth = 0
+    while i < len(tokens):
+        depth += (tokens[i] in ("(", "{", "[")) - (tokens[i] in (")", "}", "]"))
+        i += 1
+        if depth <= 0:
+            break
+    return i
+
+
+# --- proof ---
+
+
+class _Math:
+    """math-verify's parser, and proofs by sympy."""
+
+    def __init__(self):
+        import sympy
+        from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+        from math_verify.parser import latex2sympy
+
+        self.sympy, self.latex2sympy = sympy, latex2sympy
+        self.config = ConversionConfig(lowercase_symbols=False)
+        self.constants = {
+            sympy.Symbol(name, real=True): value for name, value in (("e", sympy.E), ("i", sympy.I))
+        }
+
+    def same(self, answer, gold):
+        names, texts = {}, (answer, gold)
+        relations = [RELATION.fullmatch(text) for text in texts]
+        if all(relations):
+            a, b = (self.parse(m[1], names) - self.parse(m[3], names) for m in relations)
+            return relations[0][2] == relations[1][2] and self.same_relation(a, b, relations[0][2])
+        a, b = (self.parse(text, names) for text in texts)
+        return a == b or self.is_zero(a - b)
+
+    def same_relation(self, a, b, sign):
+        """Whether both say the same of 0: one is the other times a number, if that is all there is to see."""
+        if a.free_symbols != b.free_symbols or not a.free_symbols:
+            return False
+        for point in self.points(a.free_symbols):
+            at_a, at_b = a.subs(point), b.subs(point)
+            if self.is_not_zero(at_a) and self.is_not_zero(at_b):
+                factor = at_a / at_b  # a negative one would turn < round
+                return (sign in ("=", "\\neq") or bool(factor.evalf(15) > 0)) and self.is_zero(a - factor * b)
+        return False
+
+    def parse(self, text, names):
+        options = dict(is_real=True, normalization_config=None, conversion_config=self.config)
+        value = self.latex2sympy(plain(text, names), **options).xreplace(self.constants).doit()
+        s = self.sympy
+        infinite = value.has(s.oo, -s.oo) and value not in (s.oo, -s.oo)
+        if not isinstance(value, s.Expr) or infinite or value.has(s.nan, s.zoo, s.Float):
+            raise ValueError(f"no number and no expression: {text}")
+        return value
+
+    def points(self, symbols):
+        """Places at which expressions are tried; none of them is special."""
+        symbols = sorted(symbols, key=str)
+        for shift, sign in ((17, 1), (29, 1), (41, -1)):
+            yield {
+                x: self.sympy.Rational(shift + 6 * i, 11 + 2 * i) * sign ** (i + 1)
+                for i, x in enumerate(symbols)
+            }
+
+    def is_not_zero(self, value, point=None):
+        """Whether a number is certainly not 0: a digit of it is known, however small it is."""
+        parts = value.evalf(15, subs=point).as_real_imag()
+        return any(
+            part.is_Float and part._prec > 1 and part != 0 or part.is_Rational and part for part in parts
+        )
+
+    def is_zero(self, difference):
+        """Whether a difference is proven to be 0 everywhere."""
+        s = self.sympy
+        if difference == 0 or s.expand(difference) == 0:
+            return True
+        symbols = difference.free_symbols
+        for point in self.points(symbols) if symbols else [None]:
+            if self.is_not_zero(difference, point):
+                return False
+        if not symbols and difference.is_algebraic:
+            x = s.Dummy()
+            return s.minimal_polynomial(difference, x) == x
+        if s.expand(s.numer(s.together(difference))) == 0 or s.simplify(difference) == 0:
+            return True
+        return s.simplify(s.expand_log(s.expand_trig(s.logcombine(difference)))) == 0
 
 
 if __name__ == "__main__":

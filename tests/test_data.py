@@ -86,6 +86,23 @@ def test_math_gold_answers_follow_from_the_solutions(shared_data):
     assert sum(found) / len(found) > 0.97  # the rest writes \boxed without braces or spaces otherwise
 
 
+@pytest.mark.parametrize(
+    "solution,column,gold",
+    [
+        (r"so $x$ is $\boxed{-1}$ or $\boxed{2}$.", None, "-1, 2"),
+        (r"so $x$ is $\boxed{-1}$ or $\boxed{2}$.", "2", "-1, 2"),  # a column that holds the last one only
+        (r"first $\boxed{-1}$, which is wrong, then $\boxed{2}$.", "2", "2"),
+        (r"the point is \boxed{(1, 2)}", "(1, 2)", "(1, 2)"),
+        (r"it is $\boxed 7$.", None, "7"),
+        (r"it is \fbox{7}.", None, "7"),
+    ],
+)
+def test_boxes_that_end_a_solution_together_are_one_gold_answer(tmp_path, solution, column, gold):
+    row = {"problem": "?", "solution": solution} | ({"answer": column} if column else {})
+    write(tmp_path / "own.jsonl", [row, row])
+    assert [p.answer for split in data.load(tmp_path / "own.jsonl") for p in split] == [gold, gold]
+
+
 @pytest.mark.parametrize("name", ["math", "gsm8k"])
 def test_hub_datasets_are_read_by_their_columns(monkeypatch, name):
     rows = {
