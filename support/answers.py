@@ -11,9 +11,9 @@ that is none of these is left to symbolic.
 import re
 from fractions import Fraction
 
+from support.expressions import ACCENTS, FUNCTIONS, GREEK
 from support.spellings import TEXT, VALUE
 from support.spellings import normal as _normal
-from support.symbolic import ACCENTS, FUNCTIONS, GREEK
 from support.units import measured
 
 MAX_LENGTH = 400  # characters of an answer; no gold answer of MATH or GSM8K has half as many
@@ -167,6 +167,8 @@ def _label(text):
     if m := re.match(r"\\text\s*\{[^{}]*[a-z]\s*(?:(?:[:=]|\sis)\s*\}|\}\s*:)", text):
         return m[0], text[m.end() :]
     parts, signs = _split(text, RELATIONS)
+    if signs == ["="] and LABEL.fullmatch(parts[1].strip()) and not LABEL.fullmatch(parts[0].strip()):
+        parts = parts[::-1]  # "5 = x"
     if len(signs) != 1 or signs[0] not in ("=", "\\in") or not LABEL.fullmatch(parts[0].strip()):
         return "", text
     return re.sub(r"[\s{}]", "", parts[0]), parts[1]

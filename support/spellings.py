@@ -6,7 +6,7 @@ To know one more spelling, add a line to SPELLINGS.
 import re
 import unicodedata
 
-from support.symbolic import FUNCTIONS
+from support.expressions import FUNCTIONS
 
 CHARACTERS = {
     **{"−": "-", "–": "-", "±": "\\pm ", "×": "\\times ", "÷": "\\div ", "√": "sqrt ", "°": "^\\circ "},
@@ -47,7 +47,7 @@ def _font(m):
     if re.fullmatch("[A-Za-z]", inside) and (
         inside not in "mgshL" or not re.match(r"\\(text|mbox|mathrm)\b", m[0])
     ):
-        return f" {inside}"
+        return f"{{{inside}}}" if inside in "mgshL" else f" {inside}"  # a bold m is no metre
     formula = bold and not re.fullmatch(r"[A-Za-z][A-Za-z\s.]*|%", inside)
     return f"{{{inside}}}" if formula else f"\\text{{{m[2]}}}"
 
@@ -78,6 +78,8 @@ SPELLINGS = [  # what is written in several ways gets one; in this order
     *[(rf"(\\sqrt\s*(?:\[[^\[\]]*\])?)\s*{PARENTHESES}", r"\1{\2}")] * 2,
     (r"(\\sqrt\s*(?:\[[^\[\]]*\])?)\s*(\w|\\pi(?![a-z]))", r"\1{\2}"),
     (rf"\^\s*{PARENTHESES}", r"^{\1}"),
+    (r"\^\s*(-\s*(?:\d+|[A-Za-z](?![A-Za-z])))", r"^{\1}"),
+    (r"\\sqrt\s*\[\s*(\d*[13579])\s*\]\s*\{\s*-\s*(\d+)\s*\}", r"(-\\sqrt[\1]{\2})"),  # the real root
     (r"\\?%", r"\\text{%}"),
     (r"\^\s*\{\s*\\circ\s*\}|(?<=\d)\^\s*(?:o(?![a-z])|\{\s*o\s*\})|\\degrees?(?![a-zA-Z])", r"^\\circ "),
     (r"\^\s*\\circ\s*(?:\\text\s*\{\s*)?([CF])(?![a-zA-Z])\s*\}?", r"\\text{ °\1}"),
@@ -101,6 +103,7 @@ SPELLINGS = [  # what is written in several ways gets one; in this order
     (rf"(?<![A-Za-z\\])((?:{FUNCTIONS})(?=\s*[\w(\\{{^|])|pi|theta)(?![A-Za-z])", r"\\\1 "),
     (r"^-?\d{1,3}(?:,\d{3})+(?=\s*(?:\\pi|\\sqrt|[a-z](?![a-z])))", lambda m: m[0].replace(",", "")),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\s*\d)", _repeating),
+    (r"(\d+)\.()\((\d+)\)$", _repeating),
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
     (r"^\(?\s*([A-Z])\s*\)$|^\{\s*\(\s*([A-Z])\s*\)\s*\}$", r"\1\2"),
 ]

@@ -7,7 +7,7 @@ To know one more spelling, add it to TABLE behind the unit's one name.
 
 import re
 
-from support.symbolic import FUNCTIONS
+from support.expressions import FUNCTIONS
 
 TABLE = {  # kind: units, each with its one name first; a plural in s or es is understood
     "length": """

@@ -99,6 +99,7 @@ class Trace:
         torch.nn.Module.float = moved_float
         model.AutoConfig.from_pretrained = lambda *_, **__: self.config
         model.AutoModelForCausalLM.from_pretrained = from_pretrained
+        model.generation_config = lambda path: None
         model.device_mesh, model.local_folder = (lambda *_: mesh), (lambda path: path)
         self.ppo, self.model, self.learner, self.kernels = ppo, model, learner, 0
         self.varlen, model.varlen_attn = model.varlen_attn, self.kernel
