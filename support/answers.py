@@ -28,12 +28,19 @@ SCIENTIFIC = re.compile(
 )
 VARIABLE = rf"(?:\\(?:{ACCENTS})\s*\{{\w+\}}|\\(?:{GREEK})(?![a-z])|[A-Za-z])(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
 ARGUMENT = r"\(\s*-?[^()+=<>-]*(?:\(-?[^()+=<>-]*\))?\s*\)"
-LABEL = re.compile(  # what an answer may be called
-    rf"{VARIABLE}|[A-Za-z]\([A-Za-z]\)|(?:(?![a-eiklmnoxyz]){VARIABLE}|[A-Z])(?:\^\{{-1\}}\s*)?{ARGUMENT}|[A-Z]\^\{{-1\}}"
-    rf"|\(\s*{VARIABLE}(?:\s*,\s*{VARIABLE})+\s*\)|(?:\\(?:sin|cos|tan)\s*)?(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*\{{?\w{{1,3}}\}}?"
-    rf"|\\(?:sin|cos|tan)\s*(?:[A-Z]|\\[a-z]+)|[A-Z]{{2,4}}|\|(?:\\overline\s*\{{)?[A-Z]{{2}}\}}?\||P\([^()]*\)|\[(?:\\triangle\s*)?[A-Z]{{3,}}\]"
-    r"|\\text\s*\{(?!\s*not\b)[^{}]*[a-z][^{}]*\}(?:\s*(?:\\triangle\s*)?[A-Z]{1,4})?|[A-Z][a-z]{2,}(?:\s[A-Za-z]+)*"
-)
+LABELS = [  # what an answer may be called
+    VARIABLE,
+    r"[A-Za-z]\([A-Za-z]\)",
+    rf"(?:(?![a-eiklmnoxyz]){VARIABLE}|[A-Z])(?:\^\{{-1\}}\s*)?{ARGUMENT}",  # f(2); x(x-1) is a product
+    r"[A-Z]\^\{-1\}|P\([^()]*\)",
+    rf"\(\s*{VARIABLE}(?:\s*,\s*{VARIABLE})+\s*\)",
+    r"(?:\\(?:sin|cos|tan)\s*)?(?:m\s*)?\\(?:angle|measuredangle|triangle)\s*\{?\w{1,3}\}?",
+    r"\\(?:sin|cos|tan)\s*(?:[A-Z]|\\[a-z]+)",
+    r"[A-Z]{2,4}|\|(?:\\overline\s*\{)?[A-Z]{2}\}?\||\[(?:\\triangle\s*)?[A-Z]{3,}\]",
+    r"\\text\s*\{(?!\s*not\b)[^{}]*[a-z][^{}]*\}(?:\s*(?:\\triangle\s*)?[A-Z]{1,4})?",
+    r"[A-Z][a-z]{2,}(?:\s[A-Za-z]+)*",
+]
+LABEL = re.compile("|".join(LABELS))
 RELATIONS = ("=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\equiv", "\\approx", "\\sim", "\\to")
 FLIPPED = {">": "<", "\\geq": "\\leq"}
 WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[\s'-]+[A-Za-z]+)*")

@@ -95,7 +95,7 @@ SPELLINGS = [  # what is written in several ways gets one; in this order
     (r"\\gt(?![a-zA-Z])", ">"),
     (r"\\(lbrace|rbrace)(?![a-zA-Z])", lambda m: "\\{" if m[1][0] == "l" else "\\}"),
     (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
-    (r"\\(?:mathbb|Bbb|mathbf)?\s*(?:\{\s*R\s*\}|(?<=[b\s])R|(?<=\\)R)(?![a-zA-Z])", r"(-\\infty,\\infty)"),
+    (r"(?<!\\)\\(?:(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)|R|reals)(?![a-zA-Z])", r"(-\\infty,\\infty)"),
     (
         r"\(\s*(?:\\[bp]?mod|mod|\\text\s*\{\s*mod\s*\})(?![a-z])\s*(\w+)\s*\)|\\pmod\s*\{?\s*(\w+)\s*\}?",
         r"\\pmod{\1\2}",

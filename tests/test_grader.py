@@ -285,6 +285,7 @@ SAME = {  # kind: "answer | gold"
         \begin{pmatrix}1&2\\[4pt]3&4\end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}
         \begin{pmatrix}\frac12\\-\frac 34\end{pmatrix} | \begin{bmatrix}1/2\\-\dfrac{3}{4}\end{bmatrix}
         \frac12\begin{pmatrix}2&4\\6&8\end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+        \begin{pmatrix} 1 \\ R \end{pmatrix} | \begin{pmatrix}1\\R+0\end{pmatrix}
         (\begin{matrix}1\\2\end{matrix}) | \begin{pmatrix}1\\2\end{pmatrix}
     """,
     "proofs": r"""
@@ -888,6 +889,7 @@ DIFFERENT = {
         2\begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix}
         2\begin{vmatrix}1&2\\3&4\end{vmatrix} | \begin{vmatrix}2&4\\6&8\end{vmatrix}
         \begin{pmatrix}1\\x\end{pmatrix} | \begin{pmatrix}1\\X\end{pmatrix}
+        \begin{pmatrix}1\\R\end{pmatrix} | \begin{pmatrix}1\\r\end{pmatrix}
         (x,y)=(3,2) | (y,x)=(3,2)
         f(2)=5 | f(3)=5
         \text{no} | \text{on}
