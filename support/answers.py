@@ -110,7 +110,7 @@ def _same(a, b, symbolic, depth=0):
     if in_words or WORDS.fullmatch(a) and WORDS.fullmatch(b):
         fold = in_words or len(a) > 3 or a.casefold() in ("yes", "odd")  # R and r are letters, not words
         return word_a == word_b or fold and word_a.casefold() == word_b.casefold()
-    if not re.search(rf"\\({FUNCTIONS}|pi)(?![a-z])", a + b):
+    if not re.search(rf"\\({FUNCTIONS}|pi)(?![a-z])|\^\s*\{{[^{{}}]*\^", a + b):
         a, b = (x.replace("^\\circ", " ") for x in (a, b))  # 90^\circ - x
     return symbolic(a, b)
 
