@@ -57,7 +57,7 @@ STATED = [
 
 
 def extract_answer(text):
-    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else what stands behind
+    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else what follows
     a heading "# Answer", else "The answer is ..".
 
     None where there is none. A last box that is empty or never closed is no answer, and an earlier

@@ -42,7 +42,7 @@ PARENTHESES = r"\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
 
 
 def _font(m):
-    """What stands in another font: a letter, a formula, or \\text."""
+    """What is written in another font: a letter, a formula, or \\text."""
     bold, inside = re.match(r"\\(math|bold|bm|pmb|textbf|textit|emph)", m[0]), m[2].strip()
     if re.fullmatch("[A-Za-z]", inside) and (
         inside not in "mgshL" or not re.match(r"\\(text|mbox|mathrm)\b", m[0])

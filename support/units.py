@@ -2,7 +2,7 @@ r"""Units of measurement, money and things counted: what each is spelled like, a
 
     unit("sq. in.")  ->  "inch^2"      unit("mi/hr")  ->  "mile/hour"      unit("trillion")  ->  ""
 
-To know one more spelling, add it to TABLE behind the unit's one name.
+To know one more spelling, add it to TABLE after the unit's one name.
 """
 
 import re
@@ -96,7 +96,7 @@ def _name(text, squared):
 def measured(text, letters=False):
     """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" where there is none.
 
-    letters: one or two letters right behind a number may be a unit: in an answer, but not in a gold
+    letters: one or two letters right after a number may be a unit: in an answer, but not in a gold
     answer, where they are variables.
     """
     tail = TAIL.search(text)
@@ -116,7 +116,7 @@ def measured(text, letters=False):
 
 
 def _product(value, tail, letters):
-    """Whether the tail of letters behind a value is no unit but variables, as in x^2 m and 2\\sqrt{3}s."""
+    """Whether the letters after a value are variables, not a unit, as in x^2 m and 2\\sqrt{3}s."""
     word = tail.strip()
     if len(word) <= 2 and word.isalpha() and not letters and not tail[0].isspace():
         return True
