@@ -30,6 +30,7 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -245,7 +246,10 @@ class Watch:
         if not hung:
             return
         if self.rank in hung:
-            faulthandler.dump_traceback(all_threads=True)
+            with tempfile.TemporaryFile() as stacks:  # in one piece, beside those of other ranks
+                faulthandler.dump_traceback(stacks, all_threads=True)
+                stacks.seek(0)
+                os.write(2, stacks.read())
         where = ", ".join(
             f"rank {i} in {ranks[i]['phase'] or 'starting or saving'} for {idle[i]:.0f} s" for i in hung
         )
