@@ -80,8 +80,8 @@ def load(dataset, template=None, chat=False):
     train, test = ([_problem(where, row) for where, row in split] for split in rows)
     if template is None and chat:
         numbers = all(re.fullmatch(r"[-$ \d.,/%]+", p.answer) for p in train[:100])
-        boxed = "\\boxed" in train[0].solution or dataset == "math" or not numbers
-        template = CHAT_TEMPLATES[dataset if dataset == "arithmetic" else "math" if boxed else "gsm8k"]
+        latex = "\\boxed" in train[0].solution or dataset == "math" or not numbers
+        template = CHAT_TEMPLATES[dataset if dataset == "arithmetic" else "math" if latex else "gsm8k"]
     elif template is None:
         template = "{problem}\n" if dataset == "arithmetic" else PAPER_TEMPLATE
     return tuple(
@@ -111,10 +111,10 @@ def encode(problems, tokenizer, max_prompt, chat=False):
 
 def _rendered(prompt, tokenizer, chat):
     """The prompt, inside the tokenizer's chat template with chat."""
+    if not chat:
+        return prompt
     message = [{"role": "user", "content": prompt}]
-    return (
-        tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False) if chat else prompt
-    )
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
 def _with_problem_as_text(p, tokenizer, chat):

@@ -34,7 +34,7 @@ from support.metrics import evaluation_metrics
 from support.pretrained import fingerprint, load_tokenizer
 from support.ranks import check_gpus, init_distributed, leave, refuse
 from support.run import Run
-from support.settings import parse, setting
+from support.settings import parse, setting, unescaped
 from support.watch import Stopped, Watch
 from vine import Vine
 
@@ -73,7 +73,7 @@ class Settings:
     prompts_per_iteration: int = setting(64, "problems drawn, with replacement", min=1)
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
     temperature: float = setting(
-        0.6, "of responses and rollouts; the trainer's logits are divided by it too", min=0.01
+        0.6, "of responses and rollouts; the trainer's logits are divided by it too", above=0
     )
     top_p: float = setting(0.9, "nucleus of responses and rollouts", above=0, max=1)
     max_tokens: int = setting(
@@ -116,7 +116,7 @@ class Settings:
     gpu_memory: float = setting(
         0.6, "share of a GPU for the engine while it samples", above=0, max=1, may_change=True
     )
-    max_sequences: int | None = setting(None, "that an engine writes at a time", min=1, may_change=True)
+    max_sequences: int | None = setting(None, "sequences an engine writes at once", min=1, may_change=True)
     hang_timeout: float = setting(90.0, "seconds without progress of a rank", above=0, may_change=True)
     strict: bool = setting(False, "stop if engine and trainer disagree, not only warn", may_change=True)
     trust_remote_code: bool = setting(False, "let a hub model run code of its own", may_change=True)
@@ -139,7 +139,7 @@ def parse_settings(argv):
     s, given = parse(Settings, argv, __doc__, PRESETS, other=dict(model=None))
     check_given(s, given)
     check_rule(s.step_credit)
-    s.stop = s.stop and s.stop.replace("\\n", "\n")  # as a shell passes on what --help shows
+    s.stop = unescaped(s.stop)
     s.run_dir = s.run_dir or f"runs/{Path(s.dataset).resolve().stem or 'data'}"
     return s
 
@@ -200,7 +200,7 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
     if not run.engine_agrees(problems):
         shut_down(engine, grader, watch)
         return 1
-    engine.load_weights(watch.each(trainer.weights()))
+    engine.load_weights(watch.each(trainer.weights()))  # it was put to sleep for the comparison
     watch.graceful = True
     try:
         run.begin(evaluate_if_due(run.done, run, engine, grader, test_problems, s))

@@ -18,10 +18,11 @@ import torch.distributed as dist
 import data
 from grader import Grader
 from model import compute_dtype, full_tensors, save_pretrained
+from support.checks import check_temperatures
 from support.metrics import Phases, evaluation_metrics
 from support.pretrained import load_tokenizer, local_folder
 from support.ranks import check_gpus, init_distributed, leave, over_ranks, refuse
-from support.settings import parse, setting
+from support.settings import parse, setting, unescaped
 from support.watch import Watch
 from train import PRESETS
 
@@ -78,6 +79,8 @@ def main(method, doc, settings_class, train_round):
     try:
         check_gpus()
         s, _ = parse(settings_class, sys.argv[1:], doc, PRESETS, other=dict(model=None))
+        check_temperatures(s)
+        s.stop = unescaped(s.stop)
         if s.batch % world:
             raise ValueError(
                 f"--batch {s.batch} does not divide over {world} ranks: take a multiple of {world}"

@@ -20,6 +20,14 @@ def check_given(s, given):
         need(s.algorithm == BELONGS_TO[name], f"--{name} {why}")
 
 
+def check_temperatures(s):
+    """Raise ValueError below vLLM's floor: it would sample at 0.01 there."""
+    for name in ("temperature", "eval_temperature"):
+        value, zero = getattr(s, name), name == "eval_temperature"  # 0: greedy
+        lowest = "0 or at least 0.01" if zero else "at least 0.01"
+        need(value >= 0.01 or zero and value == 0, f"--{name} {value} must be {lowest}")
+
+
 def check(s, world):
     """Raise ValueError for settings that do not go together, or not on `world` ranks."""
     check_report(s.report_to)
@@ -34,8 +42,7 @@ def check(s, world):
     need(world % size == 0, f"--tensor_parallel_size {size} is no divisor of the {world} ranks")
     few = f"--algorithm {s.algorithm}: --responses_per_prompt 1 must be at least 2, to compare them"
     need(s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"), few)
-    low = f"--eval_temperature {s.eval_temperature} must be 0 or at least 0.01, which vLLM takes it for"
-    need(s.eval_temperature == 0 or s.eval_temperature >= 0.01, low)
+    check_temperatures(s)
     greedy = "--eval_temperature 0 gives one and the same response: add --eval_samples 1"
     need(s.eval_temperature > 0 or s.eval_samples == 1, greedy)
     room = f"--max_tokens {s.max_tokens} leaves no room for prompts in --max_sequence {s.max_sequence}"

@@ -54,6 +54,11 @@ def parse(settings_class, argv, doc, presets, other):
     return settings, names & given
 
 
+def unescaped(text):
+    """A string with line ends for \\n, as a shell passes on what --help shows."""
+    return text and text.replace("\\n", "\n")
+
+
 def need(condition, message):
     """Raise ValueError, with a message for the user, where a condition of the settings is not met."""
     if not condition:

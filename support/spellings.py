@@ -9,28 +9,11 @@ import unicodedata
 from support.expressions import FUNCTIONS
 
 CHARACTERS = {
-    **{"−": "-", "–": "-", "±": "\\pm ", "×": "\\times ", "÷": "\\div ", "√": "sqrt ", "°": "^\\circ "},
-    **{
-        "·": "\\cdot ",
-        "⋅": "\\cdot ",
-        "∙": "\\cdot ",
-        "′": "'",
-        "’": "'",
-        "²": "^2",
-        "³": "^3",
-        "∠": "\\angle ",
-    },
-    **{
-        "∪": "\\cup ",
-        "∩": "\\cap ",
-        "∈": "\\in ",
-        "≤": "\\leq ",
-        "≥": "\\geq ",
-        "≠": "\\neq ",
-        "∞": "\\infty ",
-    },
-    **{"∅": "\\emptyset ", "ℝ": "\\R "},
-}
+    "−": "-", "–": "-", "±": "\\pm ", "×": "\\times ", "÷": "\\div ", "√": "sqrt ", "°": "^\\circ ",
+    "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "′": "'", "’": "'", "²": "^2", "³": "^3",
+    "∠": "\\angle ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "≤": "\\leq ", "≥": "\\geq ",
+    "≠": "\\neq ", "∞": "\\infty ", "∅": "\\emptyset ", "ℝ": "\\R ",
+}  # fmt: skip
 for c in map(chr, [*range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA)]):
     _, size, _, *name = unicodedata.name(c).replace("LAMDA", "LAMBDA").split()  # GREEK SMALL LETTER ALPHA
     CHARACTERS[c] = f"\\{name[-1].lower() if size == 'SMALL' else name[-1].capitalize()} "

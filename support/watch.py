@@ -157,7 +157,8 @@ class Watch:
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write)  # a signal is noticed even while the main thread waits in compiled code
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, args=(read,), daemon=True).start()
         self.thread = threading.Thread(target=self._exchange, daemon=True)
         self.thread.start()

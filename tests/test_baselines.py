@@ -301,6 +301,12 @@ def test_two_ranks_train_the_baselines_as_one_does(tiny_model, device, tmp_path)
             assert change > 1e-3 and (got[name] - tensor).norm() < error * change, name
 
 
+def test_group_advantages_are_used_as_their_formulas_give_them():
+    """Their scale is the formula's; values are compared over the iteration, so theirs are whitened."""
+    assert not groups.Group(groups.grpo, 2).whiten and Vine.whiten and critic.Critic.whiten
+    assert Vine.values_steps and not critic.Critic.values_steps and not groups.Group.values_steps
+
+
 # --- whole loops on a problem that is learnt in seconds: a response is right if it begins with 7 ---
 
 

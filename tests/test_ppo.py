@@ -292,6 +292,20 @@ def test_activation_checkpointing_does_not_change_the_update(tiny_model, device,
     )
 
 
+@pytest.mark.parametrize("whiten", [True, False])
+def test_the_scale_of_the_advantages_matters_only_where_they_are_not_whitened(tiny_model, device, whiten):
+    scales = []
+    for scale in (1.0, 0.1):
+        trainer = ppo.Trainer(
+            tiny_model, device, total_steps=4, minibatch=8, epochs=1, whiten_advantages=whiten, kl_coef=0
+        )
+        batch = episodes()
+        for e in batch:
+            e.advantages = [scale * a for a in e.advantages]
+        scales.append(trainer.update(batch)["grad_norm"])
+    assert scales[0] == pytest.approx(scales[1] if whiten else 10 * scales[1], rel=1e-3)
+
+
 def test_two_ranks_make_the_update_of_one(tiny_model, reference_update, tmp_path):
     done = torchrun(2, __file__, tiny_model, tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr

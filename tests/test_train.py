@@ -360,7 +360,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
         "--step_credit line is not known: use paper, newline, sentence, or tokens:N",
     ),
     ("--model {model} --top_p 1.5", 1, "--top_p 1.5 must be above 0 and at most 1"),
-    ("--model {model} --temperature 0", 1, "--temperature 0.0 must be at least 0.01"),
+    ("--model {model} --temperature 0", 1, "--temperature 0.0 must be above 0"),
     ("--model {model} --iterations 0", 1, "--iterations 0 must be at least 1"),
     ("--model {model} --iterations 5 --eval_only", 1, "--eval_only trains nothing: leave out --iterations"),
     ("--model {model} --eval_only --resume", 1, "--eval_only and --resume exclude each other"),

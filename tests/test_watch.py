@@ -165,6 +165,25 @@ def test_a_signal_to_one_rank_stops_both_with_the_documented_code(number, tmp_pa
     assert f"exitcode  : {expected}" in output or f"exitcode: {expected}" in output, output
 
 
+def test_a_signal_that_nohup_ignores_stops_nothing(tmp_path):
+    """One rank without torchrun, which takes SIGHUP for a reason to end whatever nohup says."""
+    (tmp_path / "rank.py").write_text(RANK)
+    command = ["sh", "-c", f"trap '' HUP; exec {sys.executable} {tmp_path}/rank.py plain {tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=our_environment())
+    alive = tmp_path / "alive0"
+    while not alive.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)  # longer than the threads take to notice
+    alive.unlink()
+    while not alive.exists():  # it goes on
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM and (tmp_path / "saved0").exists()
+
+
 def test_a_second_signal_ends_at_once_and_one_before_there_is_anything_to_save_too(tmp_path):
     for how, signals in (("unstoppable", 2), ("early", 1)):
         (tmp_path / how).mkdir()
