@@ -7,11 +7,13 @@ The paper's prompt is the default template.
 """
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 
-from grader import boxed
+from grader import Grader, boxed, extract_answer
 from support.arithmetic import arithmetic
 from support.files import FILE_TYPES, only_file, read_rows
 
@@ -32,6 +34,7 @@ class Problem:
     solution: str = ""  # a worked solution where the dataset has one; only sft.py reads it
     prompt_ids: list[int] | None = None  # of the prompt, by encode
     text: str = ""  # the bare problem, inside of prompt
+    where: str = ""  # its file and row, for messages
 
 
 def load(dataset, template=None, chat=False):
@@ -147,11 +150,40 @@ def encode_splits(splits, tokenizer, s, say=None):
     encoded, skipped = zip(*(encode(problems, tokenizer, limit, s.chat) for problems in splits))
     if not all(encoded):
         raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {limit} tokens")
+    check_golds([p for split in encoded for p in split], s.max_bad_answers, say)
     if say:
         _say_what_repeats(encoded, say)
     if sum(skipped) and say:
         say(f"skipped {sum(skipped)} problems: their prompts are longer than --max_sequence - --max_tokens")
     return encoded
+
+
+def check_golds(problems, most, say=None):
+    """Count the gold answers that no response can match; raise ValueError if their share is above `most`."""
+    bad = [(p, why) for p, why in zip(problems, _whats_wrong([p.answer for p in problems])) if why]
+    if not bad:
+        return
+    shown = "; ".join(f"{p.where}: {p.answer[:60]!r} {why}" for p, why in bad[:3])
+    text = f"no response can match {len(bad)} of {len(problems)} gold answers, the first: {shown}"
+    if len(bad) > most * len(problems):
+        raise ValueError(f"{text} (--max_bad_answers {most} is the share that is let through)")
+    if say:
+        say(text)
+
+
+def _whats_wrong(golds):
+    """Why no final answer of a response equals a gold, "" where one does, for each of them."""
+    grader = Grader()
+    equal_themselves = grader.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
+    grader.close()
+    for gold, equals_itself in zip(golds, equal_themselves):
+        words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", gold)
+        if re.search(r"[\x00-\x1f\x7f]", gold):
+            yield "holds a control character (a LaTeX backslash must be two in JSON)"
+        elif extract_answer(gold) is not None or len(words) > 8 or len(words) > 1 and gold[-1] in ".!?":
+            yield "is a sentence, not a bare answer"
+        else:
+            yield "" if equals_itself else "does not equal itself for the grader, in a box"
 
 
 def fingerprint(problems):
@@ -185,7 +217,7 @@ def _problem(where, row):
         raise ValueError(f"{where} has no problem: needs a column problem or question, found {found}")
     if "answer" not in row and "solution" not in row:
         raise ValueError(f"{where}: needs a column answer or solution, found {', '.join(map(str, row))}")
-    answer = str(row["answer"]).strip() if row.get("answer") is not None else ""
+    answer = _as_text(row.get("answer"), where)
     solution = row.get("solution") or ""
     if not isinstance(solution, str):
         raise ValueError(f"{where}: its solution is no text but {type(solution).__name__}")
@@ -200,7 +232,17 @@ def _problem(where, row):
     if any("\ud800" <= c <= "\udfff" for c in text + answer + solution):
         raise ValueError(f"{where} holds half a character (a lone surrogate): write it again as UTF-8")
     solution = re.sub(r"<<[^<>\n]*>>", "", solution)  # GSM8K's calculator marks
-    return Problem(text, answer, solution, text=text)
+    return Problem(text, answer, solution, text=text, where=where)
+
+
+def _as_text(answer, where):
+    """The answer column's value as text; numbers without an exponent."""
+    if isinstance(answer, float | Decimal) and math.isfinite(answer):
+        return f"{Decimal(str(answer)):f}"
+    if answer is not None and not isinstance(answer, str | int):
+        raise ValueError(f"{where}: its answer is {answer!r:.60}; it must be text or a number")
+    text = "" if answer is None else str(answer)
+    return text if re.match(r"[\t-\r][a-z]", text) else text.strip()  # not the rest of \frac, \text, ..
 
 
 def _gold(solution):

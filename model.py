@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from support.pretrained import check_config, generation_config, local_folder
 
@@ -119,8 +120,8 @@ def packed_attention(
     value,
     attention_mask,
     *,
-    lengths,
-    cu_seqlens,
+    lengths=None,
+    cu_seqlens=None,
     scaling=None,
     sliding_window=None,
     **other,
@@ -132,10 +133,13 @@ def packed_attention(
     transformers calls it for attn_implementation="packed"; lengths (a list of ints) and cu_seqlens
     (their int32 cumulative sums from 0) come from MicroBatch.inputs.
     """
-    if unknown := [name for name in ("softcap", "s_aux") if other.get(name) is not None]:
+    kind = type(module).__name__
+    if lengths is None:
         raise ValueError(
-            f"{type(module).__name__} needs attention with {unknown[0]}, which is not built here"
+            f"its {kind} is not told where packed sequences begin (transformers drops arguments)"
         )
+    if unknown := [name for name in ("softcap", "s_aux") if other.get(name) is not None]:
+        raise ValueError(f"its {kind} needs attention with {unknown[0]}, which is not built here")
     if query.device.type != "cpu" and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [L, H, D]
         window = (sliding_window - 1 if sliding_window else -1, 0)  # causal
@@ -187,7 +191,7 @@ def load_sharded(
     compute, on_gpu = compute_dtype(device, bfloat16), device.type != "cpu"
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     # without dropout: the old and the new log-probabilities must be of one and the same policy
-    no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop"))}
+    no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop", "layerdrop"))}
     for name, value in (no_dropout | options).items():
         setattr(config, name, value)
     check_config(config, path)
@@ -210,6 +214,45 @@ def load_sharded(
         # a layer becomes fp32 just before it is sharded: no rank ever holds the whole model in fp32
         fully_shard(module.float() if trainable else module, **sharding)
     return model
+
+
+def check_supported(path, sequences=(), trust_remote_code=False):
+    """Raise ValueError for a model that could not be trained right; its weights are not read.
+
+    sequences: lists of token ids, which its embedding must have. Two packed sequences pass through
+    the model on the meta device, which has shapes and no numbers.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_config(config, path)
+    config.pad_token_id = None  # some models look for it among the ids
+    layers, attentions = config.get_text_config().num_hidden_layers, set()
+    refused = f"--model {path} ({config.model_type}) cannot be trained here"
+
+    def attention(module, *tensors, **options):
+        attentions.add(module)
+        return packed_attention(module, *tensors, **options)
+
+    AttentionInterface.register("counted", attention)
+    options = dict(attn_implementation="counted", trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, **options).requires_grad_(False).eval()
+        row, begins = torch.zeros(1, 4, dtype=torch.long), torch.zeros(3, dtype=torch.int32)
+        tensors, rows = network.state_dict(), network.get_input_embeddings().num_embeddings
+        stored, largest = revert_weight_conversion(network, tensors), max(map(max, sequences), default=0)
+        if largest >= rows:
+            raise ValueError(f"{refused}: its tokenizer gives id {largest}, its embedding has {rows} rows")
+        if len(stored) > len(tensors):
+            packed = f"transformers packs the {len(stored)} tensors of its files into {len(tensors)}"
+            raise ValueError(f"{refused}: {packed}, which the engine does not take (mixture of experts)")
+        try:
+            network.base_model(row, position_ids=row, use_cache=False, lengths=[2, 2], cu_seqlens=begins)
+        except ValueError as error:
+            raise ValueError(f"{refused}: {error}") from None
+        except RuntimeError:  # it looks at numbers
+            return
+    if len(attentions) != layers:
+        few = f"{len(attentions)} of its {layers} layers have attention"
+        raise ValueError(f"{refused}: {few}, the others would mix packed sequences")
 
 
 # --- saving ---

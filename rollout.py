@@ -8,10 +8,12 @@ The only file that imports vLLM. Join the process group first (ranks.init_distri
 the Engine, then the trainer's networks.
 """
 
+import copy
 import os
 import warnings
 from collections import deque
 from dataclasses import replace
+from functools import partialmethod
 
 import numpy as np
 import torch
@@ -28,7 +30,9 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 if not torch.cuda.is_available():
     torch._dynamo.config.disable = True  # vLLM would compile its sampling helpers for 20 s
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+from transformers import PreTrainedModel
 from vllm import LLM, SamplingParams
+from vllm.config import CompilationConfig, CompilationMode
 from vllm.sampling_params import RequestOutputKind
 
 from episode import Completion, Episode, State
@@ -121,6 +125,7 @@ class Engine:
             use_tqdm_on_load=False,
             disable_log_stats=False,  # counts the prefix cache's hits
         )
+        self.llm.apply_model(leave_class_usable)
         self.tokenizer = self.llm.get_tokenizer()
         self.stop, self.stop_ids = split_stops(stop, self.tokenizer)
         self.max_sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
@@ -259,6 +264,20 @@ class Engine:
         """Stop the engine, which destroys the process group."""
         drop_shared_memory(self.tensor_parallel)
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def leave_class_usable(model):
+    """Let the trainer make networks of a transformers class that this model of vLLM's is made of.
+
+    Where vLLM has no model of its own it takes transformers', and changes that class: one made
+    elsewhere would ask for vLLM's configuration, and be compiled by it.
+    """
+    for cls in {
+        type(m) for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "vllm_config")
+    }:
+        plain = copy.copy(model.vllm_config)
+        plain.compilation_config = CompilationConfig(mode=CompilationMode.NONE)
+        cls.__init__ = partialmethod(cls.__init__, vllm_config=plain)
 
 
 def split_stops(stop, tokenizer):

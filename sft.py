@@ -26,7 +26,7 @@ from transformers.utils import logging
 import data
 from episode import Episode
 from learner import learning_rate, micro_batch
-from model import compute_dtype, load_sharded, save_pretrained
+from model import check_supported, compute_dtype, load_sharded, save_pretrained
 from support.arithmetic import tiny_model
 from support.pretrained import local_folder
 from support.ranks import check_gpus, from_rank_0, init_distributed, leave, refuse
@@ -136,6 +136,10 @@ def main():
         if len(episodes) < world:
             fitting = f"{len(episodes)} of {len(episodes) + skipped} sequences"
             sys.exit(f"sft.py: {fitting} are within --max_tokens {s.max_tokens}")
+        try:
+            check_supported(s.model, [e.prompt_ids + e.response_ids for e in episodes])
+        except ValueError as error:
+            sys.exit(f"sft.py: {error}")
         policy = load_sharded(s.model, device)
         dist.barrier()  # the folder goes when all ranks have loaded it
     first = dist.get_rank() == 0

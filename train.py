@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 import data
 from grader import Grader
+from model import check_supported
 from ppo import Trainer
 from steps import check_rule
 from support.checks import check, check_given
@@ -58,17 +59,14 @@ class Settings:
     # problems and prompts
     prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
+    max_bad_answers: float = setting(0.03, "share of gold answers that may be unmatchable", min=0, max=1)
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
     step_credit: str = setting("paper", "vineppo: a step: paper, newline, sentence, tokens:N")
-    max_valued_steps: int | None = setting(
-        None, "vineppo: only the first N states of a response are valued", min=1
-    )
+    max_valued_steps: int | None = setting(None, "vineppo: value a response's first N states", min=1)
     gae_lambda: float = setting(1.0, "ppo: lambda of GAE", min=0, max=1)
     gamma: float = setting(1.0, "ppo: discount per token", min=0, max=1)
-    critic_learning_rate: float | None = setting(
-        None, "ppo: the value network's; None: --learning_rate", above=0
-    )
+    critic_learning_rate: float | None = setting(None, "ppo: the critic's; None: --learning_rate", above=0)
     # sampling
     prompts_per_iteration: int = setting(64, "problems drawn, with replacement", min=1)
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
@@ -284,6 +282,7 @@ def main():
         test_problems = test_problems[: s.eval_problems]
         if run and first:
             run.lock()
+            check_supported(s.model, [p.prompt_ids for p in problems + test_problems], s.trust_remote_code)
             run.check_inputs({"--model": fingerprint(s.model), "--dataset": data.fingerprint(problems)})
     except (ValueError, OSError) as error:
         refuse(f"train.py: {error}")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import data
 from grader import Grader
-from model import compute_dtype, full_tensors, save_pretrained
+from model import check_supported, compute_dtype, full_tensors, save_pretrained
 from support.checks import check_temperatures
 from support.metrics import Phases, evaluation_metrics
 from support.pretrained import load_tokenizer, local_folder
@@ -47,6 +47,7 @@ class Settings:
     seed: int = setting(0, "of the problems, the sampling and the order of the examples")
     prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
+    max_bad_answers: float = setting(0.03, "share of gold answers that may be unmatchable", min=0, max=1)
     temperature: float = setting(0.6, "sampling temperature", above=0)
     top_p: float = setting(0.9, "nucleus", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response", min=1)
@@ -93,6 +94,7 @@ def main(method, doc, settings_class, train_round):
         if getattr(s, "base_model", None):
             local_folder(s.base_model)
         training, test = data.encode_splits(splits, tokenizer, s, print if first else None)
+        check_supported(s.model, [p.prompt_ids for p in training + test])
     except (ValueError, OSError) as error:
         refuse(f"{method}: {str(error).splitlines()[0]}")
     device = init_distributed()

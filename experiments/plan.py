@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import train
-from model import LOGITS
+from model import LOGITS, check_supported
 
 GPU_BYTES = 80e9  # where there is no GPU to ask
 PER_MACHINE = 8  # GPUs
@@ -49,6 +49,12 @@ SIZES = {  # of --table; Qwen2.5 and Llama 3.1, as published
         num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False, dtype="bfloat16",
     ),
 }  # fmt: skip
+
+
+def inner_size(config):
+    """Width of a layer's feed-forward part, under the names that it has."""
+    names = ("intermediate_size", "ffn_dim", "n_inner")
+    return next(filter(None, (getattr(config, name, None) for name in names)), 4 * config.hidden_size)
 
 
 def numel(parameters):
@@ -84,7 +90,7 @@ def memory(config, s, ranks, gpu_bytes):
     inside = {
         "~ head's gradient, bf16": 2 * head,
         "~ two layers gathered, bf16; one's gradient, bf16 and fp32": (2 * 2 + 2 + 4) * layer,
-        "~ activations inside one layer": 2 * tokens * (13 * width + 8 * config.intermediate_size),
+        "~ activations inside one layer": 2 * tokens * (13 * width + 8 * inner_size(config)),
     }
     end = {"~ embedding and head gathered, bf16; their gradients, bf16 and fp32": (2 + 2 + 4) * embedding}
     fullest = max(kept | logits, kept | inside, end, key=lambda parts: sum(parts.values()))
@@ -102,7 +108,7 @@ def kv_tokens(config, s, gpu_bytes):
 
     The engine's activations are left out.
     """
-    heads = config.num_key_value_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     with torch.device("meta"):
         weights = 2 * numel(AutoModelForCausalLM.from_config(config).parameters())
@@ -167,7 +173,8 @@ def parse(argv):
         config = AutoConfig.from_pretrained(s.model, trust_remote_code=s.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {s.model} cannot be loaded ({str(error).splitlines()[0]})") from None
-    return int(a.gpus), s, config
+    check_supported(s.model, trust_remote_code=s.trust_remote_code)
+    return int(a.gpus), s, config.get_text_config()
 
 
 def main():

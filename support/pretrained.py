@@ -31,7 +31,7 @@ def load_tokenizer(s):
     """The tokenizer of s.model, whose files are on this machine then.
 
     s: settings with dataset, model, max_sequence and perhaps trust_remote_code. Raises ValueError for
-    a model that is not there, or that a run could not use, or could not save at its end.
+    a model that is not there, or that a run could not save at its end.
     """
     path, trust = s.model, getattr(s, "trust_remote_code", False)
     if not path:
@@ -44,7 +44,6 @@ def load_tokenizer(s):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ValueError(f"{cannot} ({str(error).splitlines()[0]})") from None
-    check_config(config, path)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and s.max_sequence > limit:
         few = f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"

@@ -3,8 +3,11 @@
 import copy
 import json
 from dataclasses import replace
+from decimal import Decimal
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -294,7 +297,7 @@ def test_what_repeats_is_said(tmp_path, tokenizer):
     for split, found in rows.items():
         lines = [json.dumps(dict(problem=problem, answer=answer)) for problem, answer in found]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    said, settings = [], SimpleNamespace(max_sequence=100, max_tokens=10, chat=False)
+    said, settings = [], SimpleNamespace(max_sequence=100, max_tokens=10, chat=False, max_bad_answers=0)
     data.encode_splits(data.load(tmp_path), tokenizer, settings, said.append)
     assert said[0] == "1 of 2 test problems are training problems too"
     assert said[1].startswith("1 problems have more than one gold answer, the first:") and "1+1?" in said[1]
@@ -332,6 +335,65 @@ def test_half_a_character_is_refused_with_its_place(tmp_path):
     )
     with pytest.raises(ValueError, match="line 2 holds half a character"):
         data.load(tmp_path / "d.jsonl")
+
+
+GOLDS = [  # as JSON; what is wrong with them, or the answer that they are
+    ("72", "72"),
+    ("1e-05", "0.00001"),
+    ("1e22", "10000000000000000000000"),
+    ("-0.5", "-0.5"),
+    ('"ellipse"', "ellipse"),
+    (r'"\\text{at most one}"', r"\text{at most one}"),
+    ('"The answer is 72."', "is a sentence"),
+    ('"She sold 72 clips."', "is a sentence"),
+    ('"the sum of the first seven odd numbers is 49"', "is a sentence"),
+    (r'"\frac{1}{2}"', "holds a control character"),
+    (r'"\text{four}"', "holds a control character"),
+    (r'"7\u0000"', "holds a control character"),
+    (r'"\\frac{1}{2"', "does not equal itself"),
+    ('"</think>"', "does not equal itself"),
+]
+
+
+@pytest.mark.parametrize("gold, expected", GOLDS)
+def test_golds_that_no_response_can_match_are_counted_and_named(gold, expected, tmp_path, tokenizer):
+    """No more than the share that is let through; a training run of them alone is refused."""
+    rows = ['{"problem": "1+1?", "answer": "2"}', f'{{"problem": "2+2?", "answer": {gold}}}']
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    splits, said = data.load(tmp_path / "d.jsonl"), []
+    settings = SimpleNamespace(max_sequence=100, max_tokens=10, chat=False, max_bad_answers=0.5)
+    _, (p,) = data.encode_splits(splits, tokenizer, settings, said.append)
+    if not said:
+        assert p.answer == expected
+        return
+    assert said[0].startswith("no response can match 1 of 2 gold answers, the first: ")
+    assert expected in said[0] and "d.jsonl line 2" in said[0] and "\n" not in said[0]
+    settings.max_bad_answers = 0.4
+    with pytest.raises(ValueError, match="--max_bad_answers 0.4"):
+        data.encode_splits(splits, tokenizer, settings)
+
+
+@pytest.mark.parametrize("gold", ['{"value": 72}', "[72]", "NaN", "Infinity"])
+def test_a_gold_that_is_no_text_and_no_number_is_refused(gold, tmp_path):
+    rows = ['{"problem": "1+1?", "answer": "2"}', f'{{"problem": "2+2?", "answer": {gold}}}']
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="line 2: its answer is .*; it must be text or a number"):
+        data.load(tmp_path / "d.jsonl")
+
+
+def test_bytes_and_decimals_of_a_parquet_file(tmp_path):
+    table = dict(problem=["1+1?", "2+2?"], answer=[Decimal("2.50"), Decimal("1E+3")])
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "d.parquet")
+    assert [p.answer for split in data.load(tmp_path / "d.parquet") for p in split] == ["2.50", "1000.00"]
+    pyarrow.parquet.write_table(pyarrow.table(table | dict(answer=[b"2", b"4"])), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match="row 1: its answer is b'2'"):
+        data.load(tmp_path / "d.parquet")
+
+
+def test_the_golds_of_gsm8k_and_math_are_all_right(shared_data, tokenizer):
+    for name in ("gsm8k", "math"):
+        problems = [p for split in data.load(shared_data / name) for p in split]
+        data.check_golds(problems, 0)
 
 
 @pytest.mark.parametrize("answer, form", [("\\frac{1}{2}", "boxed"), ("1,080", "####"), ("-3.5", "####")])

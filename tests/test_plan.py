@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from conftest import python
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import train
 from experiments import plan
@@ -67,6 +67,16 @@ def test_bad_input_gets_one_line(options, message, monkeypatch, capsys):
         plan.main()
     line = ended.value.code
     assert line.startswith(f"plan.py: {message}") and "\n" not in line
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), OPTConfig(ffn_dim=2048)])
+def test_configurations_with_names_of_their_own(config, tmp_path, monkeypatch):
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "1", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        plan.main()
+    assert ended.value.code == 0
+    assert plan.inner_size(config) == dict(gpt2=3072, opt=2048)[config.model_type]
 
 
 def test_a_value_network_and_a_larger_budget_cost_memory():

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import GAP, python
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from model import full_tensors, load_sharded, save_pretrained
+from experiments.families import FAMILIES, write_model
+from model import check_supported, full_tensors, load_sharded, save_pretrained
 from support import pretrained
 
 
@@ -148,15 +150,46 @@ def test_the_fingerprint_of_a_model_sees_other_weights(tiny_model, tmp_path):
     assert pretrained.fingerprint(folder) != before
 
 
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale"])
-def test_logits_that_are_not_the_plain_output_of_the_head_are_refused_before_anything_loads(
-    name, tiny_model, tmp_path
-):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {name: 30.0}))
-    with pytest.raises(ValueError, match=f"its configuration has {name}"):
-        pretrained.load_tokenizer(settings(folder))
-    (folder / "config.json").write_text(json.dumps(config | {name: 1.0 if name == "logit_scale" else None}))
-    pretrained.load_tokenizer(settings(folder))
+REFUSED = {
+    "Gemma 2": "its configuration has final_logit_softcapping",
+    "Cohere": "its configuration has logit_scale",
+    "Granite 3": "its configuration has logits_scaling",
+    "StableLM": "is not told where packed sequences begin",
+    "Mixtral": "transformers packs the 41 tensors of its files into 21, which the engine does not take",
+    "Qwen3-MoE": "transformers packs the 45 tensors of its files into 25, which the engine does not take",
+    "Mamba 2": "0 of its 2 layers have attention, the others would mix packed sequences",
+    "LFM2": "1 of its 2 layers have attention, the others would mix packed sequences",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_not_be_trained_right_is_refused_before_anything_loads(name, tmp_path):
+    write_model(name, tmp_path)
+    with pytest.raises(ValueError) as error:
+        check_supported(tmp_path)
+    assert REFUSED[name] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(REFUSED)))
+def test_what_can_be_trained_passes_the_same_check(name, tmp_path):
+    write_model(name, tmp_path)
+    check_supported(tmp_path, [[0, 31], [5]])
+    with pytest.raises(ValueError, match="its tokenizer gives id 32, its embedding has 32 rows"):
+        check_supported(tmp_path, [[0, 31], [5, 32]])
+
+
+def test_an_architecture_that_vllm_takes_from_transformers_trains_and_syncs():
+    """vLLM changes the class of its model, of which the trainer's is another."""
+    done = python("experiments/families.py", "SmolLM3")
+    name, _, gap = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert name == "SmolLM3" and float(gap) < GAP
+
+
+def test_a_hub_name_that_cannot_be_reached_says_what_is_waited_for(monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(pretrained.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ValueError, match=r"--model own/model cannot be loaded: .*\(We couldn't connect\)"):
+        pretrained.load_tokenizer(settings("own/model"))
+    assert capsys.readouterr().out == "looking for --model own/model on the hub\n"

@@ -2,8 +2,11 @@
 from.
 """
 
+import json
+import shutil
+
 import torch
-from conftest import EXACT
+from conftest import EXACT, python
 from transformers import AutoModelForCausalLM
 
 import data
@@ -38,6 +41,17 @@ def test_a_step_is_plain_torch_on_the_response_tokens_whatever_the_micro_batch(t
         for name, tensor in full_tensors(policy):
             expected = plain.state_dict()[name]
             assert (tensor.cpu() - expected).norm() < 1e-3 * (expected - start[name]).norm(), name
+
+
+def test_a_tokenizer_without_eos_is_refused(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": None}))
+    done = python("sft.py", "--dataset", "arithmetic", "--model", folder, "--out", tmp_path / "out")
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == f"sft.py: the tokenizer of --model {folder} has no EOS token to end responses with"
 
 
 def test_the_tiny_model_spells_by_characters(tiny_model, tokenizer):

@@ -1,7 +1,16 @@
-"""What is said before anything starts about the machine's GPUs."""
+"""Before anything starts: what is said about the machine's GPUs and Python, and what README says of
+pieces that work alone.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from support.ranks import check_gpus
 
@@ -43,3 +52,41 @@ def test_a_machine_without_gpus_says_nothing(nvidia_smi, monkeypatch):
     check_gpus()
     monkeypatch.setenv("PATH", "/nowhere")
     check_gpus()
+
+
+def test_an_old_python_is_refused_before_the_environment_is_made(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    old = tmp_path / "python3"  # says of itself that it is 3.8
+    check = (
+        "import sys, collections; V = collections.namedtuple('V', 'major minor'); sys.version_info = V(3, 8)"
+    )
+    old.write_text(f"""#!/bin/sh\nexec {sys.executable} -c "{check}; sys.version = '3.8.1 (main)'; $2"\n""")
+    old.chmod(0o755)
+    for name in ("requirements.txt", "requirements-cpu.txt", "tests/requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    command = ["make", f"PYTHON={old}", "install"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and not (tmp_path / ".venv").exists()
+    assert f"{old} is 3.8.1: Python 3.11 or newer is needed, as in: make PYTHON=" in done.stderr
+
+
+TAKE = re.findall(
+    r"^\| ((?:`\w+\.py` ?)+)\|[^|]*\|((?: ?`\w+\.py`)*) ?\|$", (ROOT / "README.md").read_text(), re.M
+)
+
+
+@pytest.mark.parametrize("files, support", TAKE)
+def test_what_readme_says_to_copy_works_without_the_rest(files, support, tmp_path):
+    (tmp_path / "support").mkdir()
+    for folder, names in (("", files), ("support", support)):
+        for name in re.findall(r"\w+\.py", names):
+            shutil.copy(ROOT / folder / name, tmp_path / folder)
+    modules = ", ".join(re.findall(r"(\w+)\.py", files))
+    options = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    done = subprocess.run([sys.executable, "-c", f"import {modules}"], **options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_says_what_to_copy():
+    assert len(TAKE) == 4
