@@ -59,6 +59,8 @@ class Episode:
     boundaries: list[int] = field(default_factory=list)  # [T + 1], where each step begins; and N
     states: list[State | None] = field(default_factory=list)  # [T], before each step; None: not valued
     step_values: list[float | None] = field(default_factory=list)  # [T], V(s_t)
+    step_targets: list[float] = field(default_factory=list)  # [T], G_t
+    step_baselines: list[float] = field(default_factory=list)  # [T], B_t
     # a critic's: baselines/critic.py
     token_values: list[float] = field(default_factory=list)  # [N], predicted before each token
     returns: list[float] = field(default_factory=list)  # [N], what they are fitted to

@@ -144,16 +144,19 @@ class Learner:
         rows = range(len(episodes)) if rows is None else rows
         return micro_batches(episodes, rows, self.micro_batch_tokens, self.device)
 
-    def fit(self, episodes, loss_of):
+    def fit(self, episodes, loss_of, counted=None):
         """Epochs of optimizer steps on this rank's episodes; every rank brings the same number.
 
         loss_of(m, num_responses, num_tokens) returns (the MicroBatch's part of the minibatch's loss,
-        a scalar; metrics {name: scalar} that add up likewise). Returns the means over the optimizer
-        steps, without skipped ones unless all are, and skipped_steps.
+        a scalar; metrics {name: scalar} that add up likewise). counted [N]: 1.0 for the action tokens that
+        num_tokens counts, else 0.0; None: all. Returns the means over the optimizer steps, without skipped
+        ones unless all are, and skipped_steps.
         """
-        steps = []
+        steps, tokens = [], [len(e.response_ids) for e in episodes]
+        if counted is not None:
+            tokens = [part.sum().item() for part in counted.split(tokens)]
         for rows in minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):
-            steps.append(self._optimizer_step(episodes, rows, loss_of))
+            steps.append(self._optimizer_step(episodes, rows, loss_of, sum(tokens[i] for i in rows)))
         self.optimizer.zero_grad()  # nothing stays beside the engine that need not
         skipped = sum(step["skipped"] for step in steps)
         kept = [step for step in steps if not step["skipped"]] or steps
@@ -161,10 +164,11 @@ class Learner:
         means = {name: sum(step[name] for step in kept) / len(kept) for name in names}
         return means | {"skipped_steps": skipped}
 
-    def _optimizer_step(self, episodes, rows, loss_of):
-        """One gradient step on the episodes `rows` of this rank and the other ranks' shares."""
+    def _optimizer_step(self, episodes, rows, loss_of, tokens):
+        """One gradient step on the episodes `rows` of this rank, which have `tokens` action tokens that
+        count, and the other ranks' shares.
+        """
         lr = learning_rate(self.step, self.total_steps, self.peak)
-        tokens = sum(len(episodes[i].response_ids) for i in rows)
         counts = torch.tensor([float(len(rows)), float(tokens)], device=self.device)
         num_responses, num_tokens = sum_over_ranks(counts).clamp(min=1).tolist()  # of the minibatch
         self.optimizer.zero_grad()

@@ -33,33 +33,35 @@ def k3(ref_logprobs, logprobs):
 
 
 def ppo_loss(
-    logprobs, old_logprobs, ref_logprobs, advantages, num_responses, num_tokens=None, clip=0.2, kl_coef=1e-4
-):
+    logprobs, old_logprobs, ref_logprobs, advantages, num_responses, num_tokens=None, clip=0.2, kl_coef=1e-4, kept=None,
+):  # fmt: skip
     """Clipped policy loss plus KL penalty. All tensors [N]: the action tokens of some responses.
 
         policy = 1/num_tokens    sum_tokens max(-A rho, -A clip(rho, 1 - clip, 1 + clip))    rho = pi / pi_old
         kl     = 1/num_responses sum_tokens k3(pi_ref, pi)
 
+    kept: 1.0 for the tokens that enter the policy's part, which num_tokens counts, else 0.0; None: all.
     num_tokens and num_responses are those of the whole minibatch over all ranks, so the losses of
     its micro-batches add up to the minibatch's; num_tokens None means that these tokens are the
     minibatch. Returns (loss, metrics): metrics are this micro-batch's contributions to the
     minibatch's means, detached scalars that add up likewise. Source: the released code's PPO
     trainer.
     """
-    num_tokens = len(logprobs) if num_tokens is None else num_tokens
+    kept = torch.ones_like(logprobs) if kept is None else kept
+    num_tokens = kept.sum() if num_tokens is None else num_tokens
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    policy_loss = torch.maximum(unclipped, clipped).sum() / num_tokens
+    policy_loss = (kept * torch.maximum(unclipped, clipped)).sum() / num_tokens
     kl = k3(ref_logprobs, logprobs).sum() / num_responses
     with torch.no_grad():
         metrics = {
             "policy_loss": policy_loss.detach(),
             "kl_loss": kl_coef * kl.detach(),
-            "ratio": ratio.sum() / num_tokens,
-            "clip_fraction": (clipped > unclipped).sum() / num_tokens,
+            "ratio": (kept * ratio).sum() / num_tokens,
+            "clip_fraction": (kept * (clipped > unclipped)).sum() / num_tokens,
             # of pi against pi_old, in nats per token
-            "approx_kl": (ratio - 1 - log_ratio).sum() / num_tokens,
+            "approx_kl": (kept * (ratio - 1 - log_ratio)).sum() / num_tokens,
         }
     return policy_loss + kl_coef * kl, metrics
 
@@ -68,8 +70,10 @@ class Trainer:
     """Policy, optimizer and reference policy, sharded over the ranks.
 
     path: Hugging Face folder or hub name that both policies start from. temperature: of the
-    sampling. whiten_advantages: see Estimator.whiten. loading:
-    see model.load_sharded; learning: see Learner.
+    sampling. mask_above: tokens to which the old policy gave a higher probability (at that
+    temperature, over the whole vocabulary) do not enter the policy loss; None: all do. SPO's mask (arXiv
+    2505.23564), with 0.9. whiten_advantages: see Estimator.whiten. loading: see model.load_sharded;
+    learning: see Learner.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Trainer:
         clip=0.2,
         kl_coef=1e-4,
         temperature=1.0,
+        mask_above=None,
         whiten_advantages=True,
         loading=None,
         **learning,
@@ -87,7 +92,7 @@ class Trainer:
         loading = loading or {}
         self.device, self.dtype = device, compute_dtype(device, loading.get("bfloat16"))
         self.clip, self.kl_coef, self.temperature = clip, kl_coef, temperature
-        self.whiten_advantages = whiten_advantages
+        self.mask_above, self.whiten_advantages = mask_above, whiten_advantages
         self.policy = load_sharded(path, device, **loading)
         self.reference = load_sharded(path, device, trainable=False, **loading)
         self.learner = Learner(self.policy, device, **learning)
@@ -104,13 +109,19 @@ class Trainer:
         if self.whiten_advantages:
             advantages = whiten(advantages)
         old_logprobs, ref_logprobs, metrics = self.score(episodes)
+        kept = torch.ones_like(old_logprobs)  # [N]
+        if self.mask_above is not None:
+            kept = (old_logprobs.exp() <= self.mask_above).float()
+            count, total = sum_over_ranks(torch.stack([kept.sum(), kept.new_tensor(len(kept))])).tolist()
+            metrics["kept"] = count / max(total, 1)
 
         def loss_of(m, num_responses, num_tokens):
-            known = (x[m.tokens] for x in (old_logprobs, ref_logprobs, advantages))
+            old, ref, a, k = (x[m.tokens] for x in (old_logprobs, ref_logprobs, advantages, kept))
             logprobs = self.policy(m, self.temperature)
-            return ppo_loss(logprobs, *known, num_responses, num_tokens, self.clip, self.kl_coef)
+            return ppo_loss(logprobs, old, ref, a, num_responses, num_tokens, self.clip, self.kl_coef, k)
 
-        return metrics | self.learner.fit(episodes, loss_of) | {"gradient_steps": self.learner.step}
+        fitted = self.learner.fit(episodes, loss_of, kept)
+        return metrics | fitted | {"gradient_steps": self.learner.step}
 
     @torch.no_grad()
     def score(self, episodes):

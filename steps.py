@@ -3,10 +3,11 @@
     step_boundaries("paper", text, token_ids, decode)  ->  [0, 12, 31, ..]
 
 Rules: "paper" (split_steps), "newline" (each line a step), "sentence" (a step ends at a full stop
-before a capital letter), "tokens:100" (chunks of 100 tokens). Pure functions on strings and token
-ids, without other imports.
+before a capital letter), "tokens:100" (chunks of 100 tokens), "cutpoints:5" (see cutpoints). Pure
+functions on strings and token ids, without other imports.
 """
 
+import math
 import re
 from bisect import bisect_left, bisect_right
 
@@ -15,18 +16,20 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def check_rule(rule):
-    """Raise ValueError if the rule is none of paper, newline, sentence, tokens:N."""
-    if rule not in ("paper", "newline", "sentence") and not re.fullmatch(r"tokens:[1-9]\d*", rule):
-        raise ValueError(
-            f"--step_credit {rule} is not known: use paper, newline, sentence, or tokens:N as in tokens:100"
-        )
+    """Raise ValueError if the rule is none of paper, newline, sentence, tokens:N, cutpoints:N."""
+    counted = re.fullmatch(r"(tokens|cutpoints):[1-9]\d*", rule)
+    if rule not in ("paper", "newline", "sentence") and not counted:
+        names = "paper, newline, sentence, tokens:N as in tokens:100, or cutpoints:N as in cutpoints:5"
+        raise ValueError(f"--step_credit {rule} is not known: use {names}")
 
 
-def step_boundaries(rule, text, token_ids, decode):
+def step_boundaries(rule, text, token_ids, decode, logprobs=None):
     """Token boundaries of the steps of a response, strictly increasing from 0 to len(token_ids).
 
-    text: what the token ids spell; decode: token ids -> text.
+    text: what the token ids spell; decode: token ids -> text; logprobs: of the token ids, for cutpoints:N.
     """
+    if rule.startswith("cutpoints:"):
+        return cutpoints(logprobs, int(rule.split(":")[1]))
     if rule.startswith("tokens:"):
         return [*range(0, len(token_ids), int(rule.split(":")[1])), len(token_ids)] if token_ids else [0]
     if rule == "paper":
@@ -36,6 +39,20 @@ def step_boundaries(rule, text, token_ids, decode):
         places = {m.start() for m in pattern.finditer(text)} - {0, len(text)}
         cuts = [0, *sorted(places), *([len(text)] if text else [])]
     return token_boundaries(cuts, token_starts(token_ids, decode))
+
+
+UNSURE = 0.9  # SPO's threshold
+
+
+def cutpoints(logprobs, n):
+    """Boundaries behind every n-th token that the policy was not sure of: of a probability below UNSURE.
+
+    logprobs [N]: the engine's, of the policy that sampled, at temperature 1 and before top-p. Source:
+    SPO (arXiv 2505.23564), which cuts where a rollout may turn and does not say at which temperature;
+    at a lower one, as in sampling, fewer tokens would be below.
+    """
+    unsure = [i + 1 for i, logprob in enumerate(logprobs) if logprob < math.log(UNSURE)]
+    return sorted({0, *unsure[n - 1 :: n], len(logprobs)})
 
 
 # --- the paper's rule ---

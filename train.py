@@ -49,9 +49,7 @@ class Settings:
     # the run
     dataset: str = setting("arithmetic", "math, gsm8k, arithmetic (built in), or a path (see data.py)")
     model: str | None = setting("realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name")
-    algorithm: str = setting(
-        "vineppo", "where advantages come from", choices=["vineppo", "ppo", "grpo", "rloo"]
-    )
+    algorithm: str = setting("vineppo", "of advantages", choices=["vineppo", "ppo", "grpo", "rloo"])
     run_dir: str | None = setting(None, "folder of the run; None: runs/DATASET", may_change=True)
     resume: bool = setting(False, "fail without a checkpoint; resuming is automatic", may_change=True)
     iterations: int = setting(1000, "rounds of sampling and update", min=1)
@@ -62,17 +60,17 @@ class Settings:
     max_bad_answers: float = setting(0.03, "share of gold answers that may be unmatchable", min=0, max=1)
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
-    step_credit: str = setting("paper", "vineppo: a step: paper, newline, sentence, tokens:N")
+    step_credit: str = setting("paper", "vineppo: paper, newline, sentence, tokens:N, cutpoints:N")
+    baseline_smoothing: float = setting(0.0, "vineppo: share of earlier values in a baseline", min=0, max=1)
+    share_responses: bool = setting(False, "vineppo: other responses count as rollouts in baselines")
     max_valued_steps: int | None = setting(None, "vineppo: value a response's first N states", min=1)
-    gae_lambda: float = setting(1.0, "ppo: lambda of GAE", min=0, max=1)
+    gae_lambda: float | None = setting(None, "lambda of GAE; None: vineppo 0, ppo 1", min=0, max=1)
     gamma: float = setting(1.0, "ppo: discount per token", min=0, max=1)
     critic_learning_rate: float | None = setting(None, "ppo: the critic's; None: --learning_rate", above=0)
     # sampling
     prompts_per_iteration: int = setting(64, "problems drawn, with replacement", min=1)
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
-    temperature: float = setting(
-        0.6, "of responses and rollouts; the trainer's logits are divided by it too", above=0
-    )
+    temperature: float = setting(0.6, "of sampling; the trainer's logits are divided by it too", above=0)
     top_p: float = setting(0.9, "nucleus of responses and rollouts", above=0, max=1)
     max_tokens: int = setting(
         1024, "token limit of a response, and of the prefix and rollout of a state together", min=1
@@ -87,6 +85,7 @@ class Settings:
     )
     epochs: int = setting(2, "passes over an iteration's responses", min=1)
     clip: float = setting(0.2, "range of the probability ratio, 1 - clip .. 1 + clip", min=0)
+    mask_above: float | None = setting(None, "train on tokens below this old probability", min=0, max=1)
     kl_coef: float = setting(1e-4, "weight of the KL penalty to the initial policy", min=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     # evaluation and saving
@@ -138,6 +137,7 @@ def parse_settings(argv):
     check_given(s, given)
     check_rule(s.step_credit)
     s.stop = unescaped(s.stop)
+    s.gae_lambda = s.gae_lambda if s.gae_lambda is not None else float(s.algorithm == "ppo")
     s.run_dir = s.run_dir or f"runs/{Path(s.dataset).resolve().stem or 'data'}"
     return s
 
@@ -156,7 +156,7 @@ def make_engine(s, watch):
 def make_trainer(s, device, whiten):
     return Trainer(
         s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef,
-        temperature=s.temperature, whiten_advantages=whiten, **learning(s),
+        temperature=s.temperature, mask_above=s.mask_above, whiten_advantages=whiten, **learning(s),
     )  # fmt: skip
 
 

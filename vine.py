@@ -8,8 +8,10 @@ gradient flows through them.
     A_t    = r_t + V(s_{t+1}) - V(s_t)      r_t = 0, but R, the response's reward, for the last step;
                                             V(s_T) = 0 after it
 
-Every token of step t gets A_t.
+Every token of step t gets A_t. targets_and_baselines averages several V, with less noise.
 """
+
+from collections import defaultdict
 
 from episode import Estimator, State
 from grader import set_rewards
@@ -22,15 +24,39 @@ def monte_carlo_value(rewards):
     return sum(rewards) / len(rewards)
 
 
-def step_advantages(values, reward):
-    """A_t of each of the T steps of a response, from values [T], V(s_t), and its reward R (no discount).
+def targets_and_baselines(values, reward, lam=0.0, smoothing=0.0, shared=None):
+    """(G [T], B [T]) of the steps of a response; A_t = G_t - B_t. The paper's: lam = smoothing = 0.
 
-    A value of None (a state beyond --max_valued_steps) is taken to be R: the steps after such states
-    get 0, and the step after the last valued state gets R - V. The sum is R - V(s_0).
+    values [T]: V_t, of V(s_t) by its own rollouts; reward: R.
+
+        G_t = (1 - lam) V_{t+1} + lam G_{t+1}             G_{T-1} = R
+        B_t = (1 - smoothing) V_t + smoothing B_{t-1}     B_0 = V_0
+
+    V_{t+1}, .., V_{T-1} and R are unbiased estimates of Q(s_t, step t): the response itself went on
+    from s_{t+1} by the same policy. So is any average of them, G_t. V_t is not, as its rollouts took
+    other steps; a share of it in G_t would scale the advantage down. V_0, .., V_t are not influenced
+    by step t, nor is B_t: E[B_t grad log pi(step t)] = 0. So the gradient is unbiased for every lam
+    and smoothing, and less noisy, since each averages over the rollouts of several states.
+
+    shared [T]: V_t for B_t, if other. None among the values, beyond --max_valued_steps, stands for R
+    in G and B: such states' steps get 0, which is the cap's bias and the paper's.
     """
     filled = [reward if v is None else v for v in values]
-    # A_t = V(s_{t+1}) - V(s_t); for the last step R + V(s_T) = R + 0 takes the place of V(s_{t+1})
-    return [after - before for before, after in zip(filled, [*filled[1:], reward])]
+    targets, baselines = [reward] * len(values), []
+    for t in reversed(range(len(values) - 1)):
+        targets[t] = (1 - lam) * filled[t + 1] + lam * targets[t + 1]
+    for t, v in enumerate(shared or values):
+        smooth = (1 - smoothing) * v + smoothing * baselines[-1] if t and v is not None else v
+        baselines.append(reward if v is None else smooth)
+    return targets, baselines
+
+
+def step_advantages(values, reward, lam=0.0, smoothing=0.0, shared=None):
+    """A_t [T] of the steps of a response (no discount); see targets_and_baselines.
+
+    The paper's are V(s_{t+1}) - V(s_t), and R - V(s_{T-1}) for the last step; their sum is R - V(s_0).
+    """
+    return [g - b for g, b in zip(*targets_and_baselines(values, reward, lam, smoothing, shared))]
 
 
 def token_advantages(boundaries, advantages):
@@ -45,8 +71,8 @@ class Vine(Estimator):
     Rollouts from the states of a response begin as soon as that response ends. A state is sent to
     the engine as the very token ids that were sampled up to it. Equal states are valued once.
     States for which the engine has no room wait; once all ranks have their responses, they are
-    dealt to engines with less to do. s: settings with K, step_credit, max_valued_steps, max_tokens,
-    temperature and top_p.
+    dealt to engines with less to do. s: settings with K, step_credit, max_valued_steps, gae_lambda,
+    baseline_smoothing, share_responses, max_tokens, temperature and top_p.
     """
 
     values_steps = True
@@ -55,13 +81,17 @@ class Vine(Estimator):
         self.engine, self.grader, self.s = engine, grader, s
         self.known = {}  # (prompt ids, prefix ids, gold) -> State, of this engine's responses
         self.guests = []  # states of other engines' responses that this engine values
+        self.passing = defaultdict(list)  # State -> this engine's responses that pass through it
 
     def start(self, episode):
         """Submit the states of a response that are not known yet."""
         s, known = self.s, len(self.known)
         ids = episode.response_ids
-        episode.boundaries = step_boundaries(s.step_credit, episode.text, ids, self.engine.decode)
+        text, decode = episode.text, self.engine.decode
+        episode.boundaries = step_boundaries(s.step_credit, text, ids, decode, episode.engine_logprobs)
         episode.states = states_of(episode, self.known, s.max_valued_steps, self.engine.number)
+        for state in filter(None, episode.states):
+            self.passing[state].append(episode)
         for state in list(self.known.values())[known:]:
             self._submit(state)
 
@@ -102,11 +132,23 @@ class Vine(Estimator):
             if guest.home == self.engine.number:
                 own[guest.number].rollouts = guest.rollouts
         for state in own:
-            state.value = monte_carlo_value([rollout.reward for rollout in state.rollouts])
+            state.value = self._value(state)
         for e in episodes:
-            e.step_values = [None if state is None else state.value for state in e.states]
-            e.advantages = token_advantages(e.boundaries, step_advantages(e.step_values, e.reward))
-        self.known, self.guests = {}, []  # the next policy gives its states other values
+            e.step_values = [state and state.value for state in e.states]
+            shared = None
+            if self.s.share_responses:
+                shared = [state and self._value(state, without=e) for state in e.states]
+            options = self.s.gae_lambda, self.s.baseline_smoothing, shared
+            e.step_targets, e.step_baselines = targets_and_baselines(e.step_values, e.reward, *options)
+            steps = [g - b for g, b in zip(e.step_targets, e.step_baselines)]
+            e.advantages = token_advantages(e.boundaries, steps)
+        # the next policy gives its states other values
+        self.known, self.guests, self.passing = {}, [], defaultdict(list)
+
+    def _value(self, state, without=None):
+        """V of a state; with all responses that pass through it as rollouts, too, but one."""
+        others = [e for e in self.passing[state] if e is not without] if without is not None else []
+        return monte_carlo_value([r.reward for r in [*state.rollouts, *others]])
 
 
 def states_of(episode, known, max_steps=None, home=0):

@@ -11,6 +11,7 @@ that is refused the table has the line that its user gets.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -101,8 +102,8 @@ def trial(name):
             return f"{json.loads(last)['logprob_gap']:.1e}"
         lines = (done.stdout + done.stderr).strip().splitlines()
         said = next((line for line in reversed(lines) if line.startswith(("train.py:", "ENGINE"))), lines[-1])
-        said = said.removeprefix("train.py: ").replace(f"--model {model}", "--model M")
-        return said.split(". Likely")[0]
+        said = said.removeprefix("train.py: ").split(". Likely")[0]
+        return re.sub(rf"--model {model}:? (\(\w+\) )?", "", said)
 
 
 def main():

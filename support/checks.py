@@ -7,8 +7,9 @@ from support.settings import need
 
 # most that the engine's and the trainer's log-probabilities may differ on average
 GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
-BELONGS_TO = dict.fromkeys(["K", "step_credit", "max_valued_steps"], "vineppo")
-BELONGS_TO |= dict.fromkeys(["gae_lambda", "gamma", "critic_learning_rate"], "ppo")
+VINEPPO = ["K", "step_credit", "max_valued_steps", "baseline_smoothing", "share_responses"]
+BELONGS_TO = dict.fromkeys(VINEPPO, ["vineppo"]) | dict.fromkeys(["gamma", "critic_learning_rate"], ["ppo"])
+BELONGS_TO["gae_lambda"] = ["vineppo", "ppo"]
 
 
 def check_given(s, given):
@@ -16,8 +17,8 @@ def check_given(s, given):
     trains = " --".join(sorted(given & {"iterations", "eval_every", "save_every"}))
     need(not (s.eval_only and trains), f"--eval_only trains nothing: leave out --{trains}")
     for name in sorted(given & set(BELONGS_TO)):
-        why = f"does nothing with --algorithm {s.algorithm}: it belongs to {BELONGS_TO[name]}"
-        need(s.algorithm == BELONGS_TO[name], f"--{name} {why}")
+        why = f"does nothing with --algorithm {s.algorithm}: it belongs to {' and '.join(BELONGS_TO[name])}"
+        need(s.algorithm in BELONGS_TO[name], f"--{name} {why}")
 
 
 def check_temperatures(s):
