@@ -89,8 +89,8 @@ class Episode:
         """What is stored of it for experiments/show.py: prompt, answer, reward, finished, steps.
 
         A step: text, advantage (mean of its tokens), value (of the state before it; None where the
-        algorithm has none) and, where rollouts made the value, K, how many were right, and the
-        texts of `shown` right and wrong ones.
+        algorithm has none) and, where rollouts made the value, K, how many were right, the texts of
+        `shown` right and wrong ones, and the advantage's target and baseline if they are no plain values.
         """
         starts, steps = token_starts(self.response_ids, decode), []
         cuts = self.boundaries or step_boundaries("paper", self.text, self.response_ids, decode)
@@ -102,6 +102,12 @@ class Episode:
                 right = [r for r in rollouts if r.reward]
                 wrong = [r for r in rollouts if not r.reward]
                 step |= dict(value=self.step_values[t], right=len(right), K=len(rollouts))
+                made_of, plain = (
+                    (self.step_targets[t], self.step_baselines[t]),
+                    [*self.step_values, self.reward],
+                )
+                if None not in plain[t : t + 2] and made_of != tuple(plain[t : t + 2]):
+                    step |= dict(zip(("target", "baseline"), made_of))
                 few = right[:shown] + wrong[:shown]
                 step["rollouts"] = [(r.reward, r.text[starts[a] :]) for r in few]
             elif self.token_values:

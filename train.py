@@ -137,7 +137,6 @@ def parse_settings(argv):
     check_given(s, given)
     check_rule(s.step_credit)
     s.stop = unescaped(s.stop)
-    s.gae_lambda = s.gae_lambda if s.gae_lambda is not None else float(s.algorithm == "ppo")
     s.run_dir = s.run_dir or f"runs/{Path(s.dataset).resolve().stem or 'data'}"
     return s
 
@@ -167,8 +166,8 @@ def make_estimator(s, engine, grader, device):
     from baselines import critic, groups  # the one import that points outwards
 
     if s.algorithm == "ppo":
-        rate = s.critic_learning_rate or s.learning_rate
-        options = dict(learning_rate=rate, gamma=s.gamma, gae_lambda=s.gae_lambda)
+        rate, lam = s.critic_learning_rate or s.learning_rate, 1.0 if s.gae_lambda is None else s.gae_lambda
+        options = dict(learning_rate=rate, gamma=s.gamma, gae_lambda=lam)
         return critic.Critic(s.model, device, **options, **learning(s))
     return groups.Group({"grpo": groups.grpo, "rloo": groups.rloo}[s.algorithm], s.responses_per_prompt)
 

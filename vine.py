@@ -138,7 +138,7 @@ class Vine(Estimator):
             shared = None
             if self.s.share_responses:
                 shared = [state and self._value(state, without=e) for state in e.states]
-            options = self.s.gae_lambda, self.s.baseline_smoothing, shared
+            options = self.s.gae_lambda or 0.0, self.s.baseline_smoothing, shared
             e.step_targets, e.step_baselines = targets_and_baselines(e.step_values, e.reward, *options)
             steps = [g - b for g, b in zip(e.step_targets, e.step_baselines)]
             e.advantages = token_advantages(e.boundaries, steps)

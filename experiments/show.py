@@ -32,13 +32,21 @@ def number(value):
 
 
 def as_text(solution):
-    """The steps of one solution in a table: value before, value after, advantage, text."""
+    """The steps of one solution in a table: value before and after, advantage and, where the values are
+    averaged, what it was made of; text.
+    """
     steps = solution["steps"]
-    rows = [printable(solution["prompt"]), "", "step  before  after  advantage"]
+    averaged = any(
+        "target" in step for step in steps
+    )  # the advantage is target - baseline, not after - before
+    head = "step  before  after  " + ("target  baseline  " if averaged else "") + "advantage"
+    rows = [printable(solution["prompt"]), "", head]
     afterwards = [step["value"] for step in steps[1:]] + [solution["reward"]]
     for i, (step, after) in enumerate(zip(steps, afterwards)):
         before = step["value"]
         values = f"{number(before)}  {number(None if before is None else after)}"
+        if averaged:
+            values += f"   {number(step.get('target'))}     {number(step.get('baseline'))}"
         rows.append(f"{i:4}   {values}      {step['advantage']:+.2f}  {printable(step['text'])}")
     unfinished = "" if solution["finished"] else "; unfinished"
     rows.append(f"reward {solution['reward']:g}, the answer is {printable(solution['answer'])}{unfinished}")
@@ -133,7 +141,9 @@ function show(event) {
     const value = after.step && `value after ${fixed(after.step.value)}${spread(after.step)}`;
     tip.append(make("div", "", value || `reward ${after.reward}`));
   }
-  tip.append(make("div", "", `advantage ${signed(step.advantage)}`));
+  const parts = step.target === undefined ? "" : ` = ${fixed(step.target)} \u2212 ${fixed(step.baseline)},`
+    + " averages of the values after and before it";
+  tip.append(make("div", "", `advantage ${signed(step.advantage)}${parts}`));
   for (const [reward, text] of step.rollouts || []) {
     const rollout = verdict(reward) + ", from before this step:\n" + text.trim();
     tip.append(make("pre", reward ? "right" : "wrong", rollout));

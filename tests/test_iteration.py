@@ -114,6 +114,16 @@ def test_an_iteration_values_states_by_their_own_rollouts_within_the_limit(devic
     assert stored["steps"][1]["rollouts"] == [(1.0, "\nb\nc\n#### b")] * 2 + [(0.0, "\nx\nc\n#### x")] * 2
     assert [step["right"] for step in stored_wrong["steps"]] == [2, 2, 0]
 
+    s.gae_lambda = s.baseline_smoothing = 0.5
+    averaged, _ = run_iteration(engine, grader, s, problem)
+    steps = averaged[1].as_dict(engine.decode)["steps"]
+    assert [(step["target"], step["baseline"]) for step in steps[:2]] == [(0.75, 0.5), (1.0, 0.5)]
+    assert [step["advantage"] for step in steps] == [0.25, 0.5, 0.25]
+    s.gae_lambda, s.baseline_smoothing, s.share_responses = 0.0, 0.0, True
+    (_, right), _ = run_iteration(engine, grader, s, problem)
+    assert right.step_values == [0.5, 0.5, 1.0] and right.step_baselines == [2 / 5, 2 / 5, 1.0]
+    s.share_responses = False
+
     s.max_tokens = 12  # one too few: nothing ends, so nothing is right
     cut, _ = run_iteration(engine, grader, s, problem)
     assert not any(e.reward or e.finished for e in cut)

@@ -58,6 +58,23 @@ def test_loss_and_gradient_equal_the_plain_formula(clip, kl_coef):
     assert metrics["policy_loss"].item() == pytest.approx((policy / len(b)).item(), abs=1e-6)
 
 
+def test_masked_tokens_enter_the_kl_alone():
+    logprobs, old, ref, advantages = random_tokens()
+    kept = (old.exp() <= 0.3).float()
+    assert 3 < kept.sum() < 12
+    a, b = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
+    loss, metrics = ppo.ppo_loss(a, old, ref, advantages, 3, kl_coef=0.5, kept=kept)
+    rest = kept.bool()
+    policy, of_rest = ppo.ppo_loss(b[rest], old[rest], ref[rest], advantages[rest], 3, kl_coef=0.0)
+    expected = policy + 0.5 * ppo.k3(ref, b).sum() / 3
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(a.grad, b.grad)
+    for name in ("policy_loss", "ratio", "clip_fraction", "approx_kl"):
+        torch.testing.assert_close(metrics[name], of_rest[name])
+
+
 def test_metrics_mean_what_their_names_say():
     ratio, advantages, old = (
         torch.tensor([1.0, 1.5, 0.5, 1.5]),
@@ -282,6 +299,17 @@ def test_the_micro_batch_size_does_not_change_the_update(tiny_model, device, ref
     assert_same_update(
         updated_weights(tiny_model, device, micro_batch_tokens=tokens), reference_update, tiny_model
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_nor_does_it_with_a_mask_whose_tokens_divide_the_loss(tiny_model, device, reference_update, tokens):
+    whole = updated_weights(tiny_model, device, mask_above=0.05)
+    assert 0.2 < whole[1]["kept"] < 0.8
+    assert abs(whole[1]["grad_norm"] / reference_update[1]["grad_norm"] - 1) > 0.02
+    masked = updated_weights(tiny_model, device, mask_above=0.05, micro_batch_tokens=tokens)
+    assert_same_update(masked, whole, tiny_model)
+    unmasked = updated_weights(tiny_model, device, mask_above=1.0)
+    assert_same_update((unmasked[0], unmasked[1] | {"kept": 1.0}), reference_update, tiny_model)
 
 
 def test_activation_checkpointing_does_not_change_the_update(tiny_model, device, reference_update):

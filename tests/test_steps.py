@@ -1,5 +1,6 @@
 """Where responses are cut, on real and on arbitrary text; the same boundaries in token ids."""
 
+import math
 import time
 from pathlib import Path
 
@@ -227,6 +228,16 @@ def test_step_credit_rules():
     assert pieces("tokens:99") == [text + "\0"]
     assert len(pieces("paper")) == len(split_steps(text)) - 1
     assert step_boundaries("tokens:3", "", [], None) == [0]
-    for rule in ("line", "tokens:0", "tokens:", "tokens:1.5"):
-        with pytest.raises(ValueError, match="use paper, newline, sentence, or tokens:N"):
+    for rule in ("line", "tokens:0", "tokens:", "tokens:1.5", "cutpoints", "cutpoints:0"):
+        with pytest.raises(
+            ValueError, match="use paper, newline, sentence, tokens:N as in tokens:100, or cut"
+        ):
             check_rule(rule)
+
+
+@pytest.mark.parametrize("n, expected", [(1, [0, 2, 3, 6]), (2, [0, 3, 6]), (3, [0, 6]), (9, [0, 6])])
+def test_cutpoints_are_behind_every_nth_token_that_the_policy_was_not_sure_of(n, expected):
+    logprobs = [math.log(p) for p in (0.95, 0.5, 0.89, 0.91, 1.0, 0.3)]  # unsure: tokens 1, 2 and 5
+    assert step_boundaries(f"cutpoints:{n}", "abcdef", [1] * 6, None, logprobs) == expected
+    check_rule(f"cutpoints:{n}")
+    assert step_boundaries("cutpoints:2", "", [], None, []) == [0]

@@ -1,15 +1,21 @@
 """The estimator against a task whose values are known exactly."""
 
+import copy
+import itertools
+import math
 import random
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import vine
-from episode import Episode
+from episode import Completion, Episode
 
 # The coin task: a response is five flips of a coin that shows 1 with probability P, rewarded when at
 # least three are 1.
@@ -64,6 +70,92 @@ def test_advantages_are_unbiased_for_the_true_ones_and_telescope():
 def test_states_beyond_the_cap_have_no_advantage_and_the_junction_carries_the_difference(reward):
     advantages = vine.step_advantages([0.25, 0.5, None, None], reward)
     assert advantages == [0.25, reward - 0.5, 0.0, 0.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(0, 6), st.sampled_from([0.0, 1.0]))
+def test_without_averages_the_advantages_are_the_papers_to_the_last_digit(values, cap, reward):
+    values = [v if t < cap else None for t, v in enumerate(values)]
+    filled = [reward if v is None else v for v in values] + [reward]
+    paper = [after - before for before, after in zip(filled, filled[1:])]
+    assert vine.step_advantages(values, reward) == paper
+    assert vine.step_advantages(values, reward, 0.0, 0.0, values) == paper
+
+
+def test_targets_and_baselines_are_averages_of_what_comes_after_and_before():
+    values, lam, m = [0.5, 0.25, 0.75], 0.5, 0.25
+    targets, baselines = vine.targets_and_baselines(values, 1.0, lam, m)
+    assert targets == [0.5 * 0.25 + 0.25 * 0.75 + 0.25 * 1.0, 0.5 * 0.75 + 0.5, 1.0]
+    assert baselines == [0.5, 0.75 * 0.25 + 0.25 * 0.5, 0.75 * 0.75 + 0.25 * (0.75 * 0.25 + 0.25 * 0.5)]
+    targets, baselines = vine.targets_and_baselines([0.5, 0.25, None, None], 1.0, lam, m)
+    assert targets[1:] == [1.0] * 3 and baselines[2:] == [1.0, 1.0]  # no advantage beyond the cap
+
+
+# A smaller coin task, of which every outcome is counted: three flips, rewarded when two or more are 1.
+# The policy's one parameter is the logit of P: d log pi(flip) = flip - P.
+
+
+def outcomes(flips):
+    """(flips, probability) of all results of so many flips."""
+    for found in itertools.product((0, 1), repeat=flips):
+        yield list(found), math.prod(P if flip else 1 - P for flip in found)
+
+
+def expected_gradient(n, settings, spoil=False):
+    """The mean over everything that can happen of sum_t A_t d log pi(flip t), for n responses with a
+    rollout (K = 1) from each of their states. spoil: a response's own reward counts in its baselines.
+    """
+    s = SimpleNamespace(max_valued_steps=None, **settings)
+    total = mass = 0.0
+    for responses in itertools.product(outcomes(3), repeat=n):
+        estimator = vine.Vine(SimpleNamespace(leads=True, number=0), None, s)
+        episodes = [Episode([9], response_ids=ids, boundaries=[0, 1, 2, 3]) for ids, _ in responses]
+        for e in episodes:
+            e.reward = float(sum(e.response_ids) >= 2)
+            e.states = vine.states_of(e, estimator.known, s.cap)
+        states = list(estimator.known.values())
+        for rollouts in itertools.product(*(outcomes(3 - len(state.prefix_ids)) for state in states)):
+            estimator.known = dict(enumerate(states))
+            for state, (ids, _) in zip(states, rollouts):
+                right = float(sum(state.prefix_ids + ids) >= 2)
+                state.rollouts = [Completion(ids, "", True, None, reward=right)]
+            for e in episodes:
+                for state in filter(None, e.states):
+                    estimator.passing[state].append(copy.copy(e) if spoil else e)
+            estimator.set_advantages(episodes)
+            weight = math.prod(p for _, p in (*responses, *rollouts))
+            mass += weight
+            for e in episodes:
+                terms = (a * (flip - P) for a, flip in zip(e.advantages, e.response_ids))
+                total += weight * sum(terms) / n
+    assert mass == pytest.approx(1)
+    return total
+
+
+def true_gradient(steps=3):
+    """Of the expected reward, as far as it comes from the first `steps` flips."""
+    return sum(p * (sum(ids) >= 2) * sum(flip - P for flip in ids[:steps]) for ids, p in outcomes(3))
+
+
+SETTINGS = [(lam, m) for lam in (0.0, 0.5, 1.0) for m in (0.0, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("cap", [None, 2])
+@pytest.mark.parametrize("lam, m", SETTINGS)
+def test_the_gradient_is_unbiased_whatever_is_averaged(lam, m, cap, monkeypatch):
+    monkeypatch.setattr(vine, "over_ranks", list)
+    settings = dict(gae_lambda=lam, baseline_smoothing=m, share_responses=False, cap=cap)
+    assert true_gradient() == pytest.approx(6 * P * (1 - P) * P * (1 - P))  # P(1-P) d/dP of 3P^2 - 2P^3
+    assert expected_gradient(1, settings) == pytest.approx(true_gradient(cap or 3), rel=1e-9)
+
+
+@pytest.mark.parametrize("lam, m", [(0.0, 0.0), (0.5, 0.5)])
+def test_other_responses_as_rollouts_leave_the_gradient_unbiased_and_the_own_one_would_not(
+    lam, m, monkeypatch
+):
+    monkeypatch.setattr(vine, "over_ranks", list)
+    settings = dict(gae_lambda=lam, baseline_smoothing=m, share_responses=True, cap=None)
+    assert expected_gradient(2, settings) == pytest.approx(true_gradient(), rel=1e-9)
+    assert expected_gradient(1, settings, spoil=True) < 0.9 * true_gradient()
 
 
 def test_each_distinct_state_is_estimated_once():
