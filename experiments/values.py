@@ -1,4 +1,4 @@
-"""How good are the values, and what does that do to the gradient? The paper's section 6, on any run.
+"""How good are the values? The paper's section 6, on any run. (gradients.py: what that does to the gradient.)
 
     torchrun --nproc_per_node=2 experiments/values.py runs/compare/ppo-256-s0/checkpoints/40 [MORE]
     torchrun --nproc_per_node=8 experiments/values.py runs/math/checkpoints/1000 --truth_rollouts 256
@@ -37,7 +37,6 @@ import support.startup  # noqa: F401 (before torch is imported)
 RESULTS = ROOT / "experiments" / "results" / "values"
 KS, GROUP = (1, 3, 9), 8
 ALTERNATIVES, TRIES = 5, 64  # distinct next steps ranked at a state, of this many continuations
-PROMPTS, RESPONSES = 4, 4  # of a batch whose gradient is measured; prompts: or a multiple of the ranks
 
 
 # --- measuring ---
@@ -149,51 +148,6 @@ class Analysis:
         rows = iter(self.rows_of(states, problems))
         return over_ranks([list(islice(rows, size)) for size in sizes])
 
-    def gradients(self, problems, prompts):
-        """[{estimator: |g|^2}] of independent batches of `prompts` x RESPONSES.
-
-        problems: all of them, on every rank. All estimators get the same responses. It is the plain
-        policy gradient (no whitening, no clipping, no KL, no nucleus), so that all estimators have
-        the same mean. Nearly: where a step ends may depend on what follows it, as with "#### n",
-        and then a state's value is no pure baseline.
-        """
-        import torch.distributed as dist
-
-        rank, world, out = dist.get_rank(), dist.get_world_size(), []
-        for number in range(self.arguments.batches):
-            rng = random.Random(self.arguments.seed * 1_000_003 + number)
-            episodes = self.solutions(rng.choices(problems, k=prompts)[rank::world], RESPONSES, top_p=1.0)
-            squares = {}
-            for name, advantages in self.advantages(episodes).items():
-                how = self.s.temperature, self.device
-                squares[name] = squared_gradient(self.policy, episodes, advantages, *how)
-            out.append(squares)
-        return out
-
-    def advantages(self, episodes):
-        """{estimator: token advantages of each episode}, without a nucleus."""
-        from baselines.groups import Group, rloo
-        from vine import monte_carlo_value, states_of, step_advantages, token_advantages
-
-        known = {}
-        for e in episodes:
-            e.states = states_of(e, known)
-        self.rewards_from(list(known.values()), max(KS), top_p=1.0)
-        found = {}
-        for k in KS:
-            for state in known.values():
-                state.value = monte_carlo_value([rollout.reward for rollout in state.rollouts[:k]])
-            for e in episodes:
-                steps = step_advantages([state.value for state in e.states], e.reward)
-                e.advantages = token_advantages(e.boundaries, steps)
-            found[f"K={k}"] = [e.advantages for e in episodes]
-        Group(rloo, RESPONSES).set_advantages(episodes)
-        found["RLOO"] = [e.advantages for e in episodes]
-        if self.critic:
-            self.critic.set_advantages(episodes)
-            found["value network"] = [e.advantages for e in episodes]
-        return found
-
 
 def estimates(rewards, truth_rollouts):
     """{truth, error: its standard error, K=1, ..} of a state.
@@ -216,35 +170,25 @@ def network_values(critic, states):
     return [e.token_values[-1] for e in episodes]
 
 
-def squared_gradient(policy, episodes, advantages, temperature, device):
-    """|g|^2 of g = the gradient of -1/N sum_i sum_t A_t log pi(token t), i over the N responses.
-
-    episodes: this rank's; N counts all ranks'. advantages: a list per episode, of a number per
-    token.
+def settings_of(path):
+    """The train.Settings of a RUN/checkpoints/N, or of a RUN. Older runs had settings that are gone: they
+    are left out.
     """
-    import torch
-    import torch.distributed as dist
-
-    from learner import micro_batch
-
-    world = dist.get_world_size()
-    # before the forward pass: after it FSDP's gathered parameters stand in for those that hold the gradients
-    policy.zero_grad()
-    flat = [a for one in advantages for a in one]
-    flat = torch.tensor(flat, dtype=torch.float32, device=device)  # [N], in the order of the episodes
-    m = micro_batch(episodes, range(len(episodes)), device)
-    loss = -(policy(m, temperature) * flat[m.tokens]).sum() / (len(episodes) * world)
-    (loss * world).backward()  # FSDP averages over the ranks
-    return torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf")).full_tensor().item() ** 2
-
-
-def settings_of(run):
-    """The train.Settings of a run folder. Older runs had settings that are gone: they are left out."""
     import train
 
+    run = path if (path / "settings.json").is_file() else path.parent.parent
     names = {f.name for f in fields(train.Settings)}
     stored = json.loads((run / "settings.json").read_text())
     return train.Settings(**{name: value for name, value in stored.items() if name in names})
+
+
+def model_of(path, s):
+    """The folder of the policy: a RUN stands for the one that it began from."""
+    return path if (path / "config.json").is_file() else Path(s.model)
+
+
+def name_of(path):
+    return f"{path.parent.parent.name}-{path.name}" if path.parent.name == "checkpoints" else f"{path.name}-0"
 
 
 def networks_of(path, s, device):
@@ -280,50 +224,54 @@ def problems_of(path, s, needed):
     return training, test
 
 
-def measure(a, device, watch):
-    """Write the results of each of the checkpoints. a: the program's arguments."""
-    import torch.distributed as dist
-
+def each_checkpoint(a, device, watch, needed=0):
+    """(path, Analysis, training problems, test problems) of each of a.checkpoints, with its weights in
+    the engine. needed: test problems. On all ranks; ends the engine at last.
+    """
     from grader import Grader
     from model import full_tensors
     from rollout import Engine, shut_down
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    prompts = -(-PROMPTS // world) * world
     engine, grader = None, Grader()
     for path in a.checkpoints:
-        run = path.parent.parent
-        s = settings_of(run)
-        training, test = problems_of(path, s, a.problems + a.ranked)
+        s = settings_of(path)
+        model = model_of(path, s)
+        training, test = problems_of(model, s, needed)
         if engine is None:
             engine = Engine(
-                str(path), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], bfloat16=s.bfloat16,
-                gpu_memory=s.gpu_memory, max_sequences=s.max_sequences,
+                str(model), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], bfloat16=s.bfloat16,
+                gpu_memory=s.gpu_memory, max_sequences=s.max_sequences, on_step=watch.beat,
             )  # fmt: skip
         engine.sleep()
-        policy, critic = networks_of(path, s, device)
+        policy, critic = networks_of(model, s, device)
         engine.load_weights(full_tensors(policy))
         engine.seed(a.seed)
-        analysis = Analysis(a, device, engine, grader, policy, critic, s)
+        yield path, Analysis(a, device, engine, grader, policy, critic, s), training, test
+    shut_down(engine, grader, watch)
+
+
+def measure(a, device, watch):
+    """Write the results of each of the checkpoints. a: the program's arguments."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for path, analysis, _, test in each_checkpoint(a, device, watch, a.problems + a.ranked):
         states = analysis.states(test[: a.problems][rank::world])
         ranking = analysis.ranking(test[a.problems : a.problems + a.ranked][rank::world])
-        gradient = analysis.gradients(training, prompts)
         if rank == 0:
-            name = f"{run.name}-{path.name}"
-            measured = dict(checkpoint=str(path), responses=RESPONSES * prompts)
+            name = name_of(path)
+            measured = dict(checkpoint=str(path))
             measured |= {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
-            found = dict(states=states, ranking=ranking, gradient=gradient)
-            write(a.results / f"{name}.json", dict(measured=measured, settings=asdict(s)) | found)
-            counts = f"{len(states)} states, {len(ranking)} ranked, {len(gradient)} gradients"
-            print(f"{name}: {counts}", flush=True)
-    shut_down(engine, grader, watch)
+            found = dict(states=states, ranking=ranking)
+            write(a.results / f"{name}.json", dict(measured=measured, settings=asdict(analysis.s)) | found)
+            print(f"{name}: {len(states)} states, {len(ranking)} ranked", flush=True)
 
 
 def write(path, result):
     """JSON, with a line for each row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(rounded(result))
-    for first in ('{"position"', '{"K=1"'):
+    for first in ('{"position"', '{"estimators"'):
         content = content.replace(first, f"\n{first}")
     path.write_text(content + "\n")
 
@@ -346,7 +294,6 @@ ESTIMATORS = {  # in the order of the pictures; Okabe and Ito's colours, which t
     "value network": "#e69f00",
     "group mean": "#009e73",
     "constant": "#999999",
-    "RLOO": "#d55e00",
 }
 BINS = 5
 
@@ -397,36 +344,6 @@ def ranking_of(groups, name):
     if pairs:
         shares = dict(pairs=statistics.mean(pairs), top1=statistics.mean(firsts))
     return shares | dict(number_of_pairs=len(pairs), number_of_states=len(firsts))
-
-
-def mean_and_error(values):
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def ratio_and_error(above, below, rng, draws=400):
-    """mean(above) / mean(below) of paired values, and its standard error by resampling the pairs.
-
-    nan where all of below is 0.
-    """
-    if not sum(below):
-        return float("nan"), float("nan")
-    resampled = []
-    for _ in range(draws):
-        chosen = rng.choices(range(len(above)), k=len(above))
-        if total := sum(below[i] for i in chosen):
-            resampled.append(sum(above[i] for i in chosen) / total)
-    return sum(above) / sum(below), statistics.stdev(resampled)
-
-
-def limit_of_large_k(batches):
-    """Per batch, a of the least-squares line a + b / K through |g|^2 at the Ks.
-
-    That is what is left of |g|^2 when the values have no noise.
-    """
-    x = [1 / k for k in KS]
-    mean = statistics.mean(x)
-    weights = [1 / len(x) - mean * (v - mean) / sum((u - mean) ** 2 for u in x) for v in x]
-    return [sum(w * batch[f"K={k}"] for w, k in zip(weights, KS)) for batch in batches]
 
 
 def present(rows):
@@ -484,33 +401,18 @@ def draw_ranking(axis, groups):
     axis.set(title="next steps ranked right: pairs (left), best (right)", ylim=(0, 1.08))
 
 
-def draw_gradients(axis, batches):
-    """|g|^2 of each batch, in units of the mean at K = 9."""
-    names = present(batches)
-    base = statistics.mean(batch["K=9"] for batch in batches) or 1.0
-    for i, e in enumerate(names):
-        values = [batch[e] / base for batch in batches]
-        mean, error = mean_and_error(values)
-        x = [i + 0.25 * ((j * 0.618) % 1 - 0.5) for j in range(len(values))]
-        axis.scatter(x, values, s=6, alpha=0.5, color=ESTIMATORS[e])
-        axis.errorbar(i, mean, error, marker="_", markersize=18, color="#000000", capsize=4)
-    axis.set_xticks(range(len(names)), [n.replace("value network", "network") for n in names], fontsize=7)
-    axis.set(title="$|g|^2$ by batch, K = 9 is 1", yscale="log")
-
-
 def picture(name, result):
     """The figure of one checkpoint."""
     import matplotlib.pyplot as plt
 
     names = present(result["states"])
     width = len(names)
-    below = ["position"] * 2 + ["ranking"] * 2 + ["gradient"] * (width - 4)
+    below = ["position"] * 2 + ["ranking"] * (width - 2)
     size = dict(figsize=(2.6 * width, 6.4), layout="constrained")
     figure, axes = plt.subplot_mosaic([names, below], **size)
     draw_scatter(axes, result["states"])
     draw_errors(axes["position"], result["states"])
     draw_ranking(axes["ranking"], result["ranking"])
-    draw_gradients(axes["gradient"], result["gradient"])
     for axis in axes.values():
         axis.grid(alpha=0.25)
     figure.suptitle(name)
@@ -555,22 +457,9 @@ def table_of_positions(rows):
     return lines
 
 
-def table_of_gradients(batches):
-    """Lines of Markdown: |g|^2 of the estimators."""
-    lines = ["| advantages | E\\|g\\|^2 | ratio to K = 9 | largest batch's share |", "|---|---|---|---|"]
-    rng, nine = random.Random(0), [batch["K=9"] for batch in batches]
-    series = {e: [batch[e] for batch in batches] for e in present(batches)}
-    series["K to infinity (a + b / K)"] = limit_of_large_k(batches)
-    for e, values in series.items():
-        (mean, error), (ratio, its_error) = mean_and_error(values), ratio_and_error(values, nine, rng)
-        share = max(values) / (sum(values) or 1)
-        lines.append(f"| {e} | {mean:.4g} ± {error:.2g} | {ratio:.2f} ± {its_error:.2f} | {share:.2f} |")
-    return lines
-
-
 def tables(name, result):
     """The lines of Markdown of one checkpoint."""
-    rows, groups, batches = result["states"], result["ranking"], result["gradient"]
+    rows, groups = result["states"], result["ranking"]
     measured, ranking = result["measured"], ranking_by_estimator(groups)
     floor = statistics.mean(math.sqrt(2 / math.pi) * row["error"] for row in rows)
     of_all = sum(len(g) * (len(g) - 1) // 2 for g in groups)
@@ -582,10 +471,7 @@ def tables(name, result):
         f" differ by more than twice their error, in {chance['number_of_states']} of {len(groups)} states; they were"
         f" sampled at temperature {temperature}."
     )
-    batch = f"{len(batches)} batches of {measured['responses']} responses"
-    moment = f"Second moment of the gradient, {batch}, ± one standard error:"
-    lines = [f"## {name}", "", about, "", *table_of_states(rows, ranking), "", *table_of_positions(rows)]
-    return [*lines, "", moment, "", *table_of_gradients(batches), ""]
+    return [f"## {name}", "", about, "", *table_of_states(rows, ranking), "", *table_of_positions(rows), ""]
 
 
 def draw(folder):
@@ -611,22 +497,31 @@ def draw(folder):
 # --- the program ---
 
 
-def check(a):
-    """Raise ValueError for arguments that cannot work, before anything is loaded."""
-    world, engines = int(os.environ.get("WORLD_SIZE", 1)), set()
-    for path in a.checkpoints:
-        settings = path.parent.parent / "settings.json"
-        if not ((path / "config.json").is_file() and settings.is_file()):
-            raise ValueError(f"{path} is no RUN/checkpoints/N of train.py")
-        s = json.loads(settings.read_text())
-        engines.add(tuple(s[name] for name in ("dataset", "stop", "max_sequence", "chat")))
-    small = min(a.problems, a.ranked) < world or min(a.batches, a.truth_rollouts) < 2
-    if small or not a.checkpoints:
-        least = "at least 2 batches and truth rollouts, and as many problems and ranked as there are ranks"
-        raise ValueError(f"name RUN/checkpoints/N folders; {least}")
+def check_checkpoints(paths):
+    """Raise ValueError for folders that cannot be measured together, before anything is loaded."""
+    engines = set()
+    for path in paths:
+        try:
+            s = settings_of(path)
+        except OSError:
+            raise ValueError(f"{path} is neither a RUN of train.py nor its RUN/checkpoints/N") from None
+        if not (model_of(path, s) / "config.json").is_file():
+            raise ValueError(f"{path}: there is no model in {model_of(path, s)}")
+        engines.add((s.dataset, s.stop, s.max_sequence, s.chat))
+    if not paths:
+        raise ValueError("name RUN/checkpoints/N folders of train.py")
     if len(engines) > 1:
         what = "dataset, stop, max_sequence or chat"
         raise ValueError(f"the runs differ in {what}: measure them one by one, into one --results")
+
+
+def check(a):
+    """Raise ValueError for arguments that cannot work, before anything is loaded."""
+    check_checkpoints(a.checkpoints)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if min(a.problems, a.ranked) < world or a.truth_rollouts < 2:
+        least = "at least 2 truth rollouts, and as many problems and ranked as there are ranks"
+        raise ValueError(f"too few to measure anything: {least}")
 
 
 def main():
@@ -641,8 +536,6 @@ def main():
     add("--ranked", type=int, default=20, help=ranked)
     temperature = "at which they are sampled; default: the training's, where few may differ"
     add("--next_step_temperature", type=float, help=temperature)
-    batches = "whose gradients are measured; of 4 problems (or the next multiple of the ranks) x 4 responses"
-    add("--batches", type=int, default=50, help=batches)
     add("--seed", type=int, default=0, help="of the sampling")
     results = "folder of the results; the pictures and the table go beside it"
     add("--results", type=Path, default=RESULTS, help=results)

@@ -1,0 +1,342 @@
+"""How noisy is the policy gradient, by where its advantages come from, and what does that cost in tokens?
+
+    torchrun --nproc_per_node=2 experiments/gradients.py runs/demo runs/demo/checkpoints/40 [MORE]
+    torchrun --nproc_per_node=8 experiments/gradients.py runs/math/checkpoints/1000 --batches 30
+    python experiments/gradients.py --draw             # picture and tables alone
+
+RUN/checkpoints/N is a checkpoint of train.py, RUN the policy that it began from. Independent batches
+of responses to training problems are sampled, without a nucleus; all estimators get the same ones.
+E|g|^2 is the second moment of the plain policy gradient (no whitening, clipping or KL), whose mean is
+the same for all of them, so that a lower one is less noise. Nearly: where a step ends may depend on
+what follows it, as with "#### n", and then a state's value is no pure baseline.
+
+    K=1, 2, 3, 9             VinePPO with so many rollouts from each state
+    l, m                     --gae_lambda l --baseline_smoothing m: averages of several states' values
+    shared                   --share_responses: the other responses count as rollouts, in baselines
+    K=2..9                   2 rollouts, and 7 more where those of a state, or of its neighbours in a
+                             response, do not all agree (a trial of adaptive K; not in train.py)
+    exact values             of --exact_rollouts other rollouts: the limit of large K
+    RLOO                     no values
+    value network            of a PPO run's checkpoint; other runs have none
+
+Tokens are those of the rollouts that an estimator needs. It writes
+experiments/results/gradients/NAME.json for each checkpoint; the picture and the tables are made from
+these files alone. Steps are the paper's, whatever --step_credit the run had.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import support.startup  # noqa: F401 (before torch is imported)
+
+# isort: split
+from experiments import values
+
+RESULTS = ROOT / "experiments" / "results" / "gradients"
+PROMPTS, RESPONSES = 4, 4  # of a batch; prompts: or a multiple of the ranks
+FEW, MOST = 2, 9  # rollouts of adaptive K
+ESTIMATORS = {  # name: (K, lambda, smoothing, shared)
+    "K=9": (9, 0.0, 0.0, False),
+    "K=3": (3, 0.0, 0.0, False),
+    "K=2": (2, 0.0, 0.0, False),
+    "K=1": (1, 0.0, 0.0, False),
+    "K=9, l=m=0.5": (9, 0.5, 0.5, False),
+    "K=3, l=m=0.5": (3, 0.5, 0.5, False),
+    "K=2, l=m=0.5": (2, 0.5, 0.5, False),
+    "K=1, l=0.8 m=0.5": (1, 0.8, 0.5, False),
+    "K=3, shared": (3, 0.0, 0.0, True),
+    "K=3, l=m=0.5, shared": (3, 0.5, 0.5, True),
+    "K=2, l=m=0.5, shared": (2, 0.5, 0.5, True),
+    "K=1, l=0.8 m=0.5, shared": (1, 0.8, 0.5, True),
+    "K=2..9": ("adaptive", 0.0, 0.0, False),
+    "K=2..9, l=m=0.5": ("adaptive", 0.5, 0.5, False),
+    "exact values": ("exact", 0.0, 0.0, False),
+}
+
+
+# --- measuring ---
+# torch, vLLM and the core are imported where they are used: --draw needs none of them
+
+
+def rollouts_for(k, episodes, known):
+    """{State: the rollouts that an estimator uses} of those that were sampled, MOST and then the exact
+    values' own.
+    """
+    if k == "exact":
+        return {state: state.rollouts[MOST:] for state in known}
+    if k != "adaptive":
+        return {state: state.rollouts[:k] for state in known}
+    first = {state: {r.reward for r in state.rollouts[:FEW]} for state in known}
+    unsure = {state for state in known if len(first[state]) > 1}
+    for e in episodes:
+        for before, after in zip(e.states, e.states[1:]):
+            if first[before] != first[after]:
+                unsure |= {before, after}
+    return {state: state.rollouts[: MOST if state in unsure else FEW] for state in known}
+
+
+def advantages(analysis, episodes):
+    """{estimator: (token advantages of each episode, tokens of its rollouts)}."""
+    from baselines.groups import Group, rloo
+    from vine import monte_carlo_value, states_of, step_advantages, token_advantages
+
+    known, passing, found = {}, {}, {}
+    for e in episodes:
+        e.states = states_of(e, known)
+        for state in e.states:
+            passing.setdefault(state, []).append(e)
+    analysis.rewards_from(list(known.values()), MOST + analysis.arguments.exact_rollouts, top_p=1.0)
+    for name, (k, lam, smoothing, shared) in ESTIMATORS.items():
+        rollouts, per_token = rollouts_for(k, episodes, known.values()), []
+        rewards = {state: [r.reward for r in part] for state, part in rollouts.items()}
+        for e in episodes:
+            plain = [monte_carlo_value(rewards[state]) for state in e.states]
+            others = [[o.reward for o in passing[state] if o is not e] for state in e.states]
+            both = [monte_carlo_value(rewards[state] + more) for state, more in zip(e.states, others)]
+            steps = step_advantages(plain, e.reward, lam, smoothing, both if shared else None)
+            per_token.append(token_advantages(e.boundaries, steps))
+        found[name] = per_token, sum(len(r.token_ids) for part in rollouts.values() for r in part)
+    Group(rloo, RESPONSES).set_advantages(episodes)
+    found["RLOO"] = [e.advantages for e in episodes], 0
+    if analysis.critic:
+        analysis.critic.set_advantages(episodes)
+        found["value network"] = [e.advantages for e in episodes], 0
+    return found
+
+
+def bias_of_adaptive(episodes):
+    """Mean over the states of (value with adaptive K) - (exact value): 0 but for noise without a stopping rule."""
+    known = list({state: None for e in episodes for state in e.states})
+    chosen = rollouts_for("adaptive", episodes, known)
+    return statistics.mean(
+        statistics.mean(r.reward for r in chosen[state])
+        - statistics.mean(r.reward for r in state.rollouts[MOST:])
+        for state in known
+    )
+
+
+def batches(analysis, problems):
+    """Of each batch: {estimators: {name: |g|^2}, tokens: {name: of its rollouts}, response_tokens, bias}."""
+    import torch
+    import torch.distributed as dist
+
+    from support.ranks import sum_over_ranks
+
+    a, s, out = analysis.arguments, analysis.s, []
+    rank, world = dist.get_rank(), dist.get_world_size()
+    prompts = -(-PROMPTS // world) * world
+    for number in range(a.batches):
+        rng = random.Random(a.seed * 1_000_003 + number)
+        drawn = rng.choices(problems, k=prompts)[rank::world]
+        episodes = analysis.solutions(drawn, RESPONSES, top_p=1.0)
+        squares, tokens = {}, {}
+        for name, (per_token, count) in advantages(analysis, episodes).items():
+            squares[name] = squared_gradient(
+                analysis.policy, episodes, per_token, s.temperature, analysis.device
+            )
+            tokens[name] = count
+        lengths = sum(len(e.response_ids) for e in episodes)
+        numbers = [*tokens.values(), lengths, bias_of_adaptive(episodes) / world]
+        totals = sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=analysis.device)).tolist()
+        counts = dict(zip(tokens, totals))
+        out.append(
+            dict(estimators=squares, tokens=counts, response_tokens=totals[-2], bias_of_adaptive=totals[-1])
+        )
+        if rank == 0 and (number + 1) % 10 == 0:
+            print(f"{number + 1} of {a.batches} batches", flush=True)
+    return out
+
+
+def squared_gradient(policy, episodes, advantages, temperature, device):
+    """|g|^2 of g = the gradient of -1/N sum_i sum_t A_t log pi(token t), i over the N responses.
+
+    episodes: this rank's; N counts all ranks'. advantages: a list per episode, of a number per
+    token.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from learner import micro_batch
+
+    world = dist.get_world_size()
+    # before the forward pass: after it FSDP's gathered parameters stand in for those that hold the gradients
+    policy.zero_grad()
+    flat = [a for one in advantages for a in one]
+    flat = torch.tensor(flat, dtype=torch.float32, device=device)  # [N], in the order of the episodes
+    m = micro_batch(episodes, range(len(episodes)), device)
+    loss = -(policy(m, temperature) * flat[m.tokens]).sum() / (len(episodes) * world)
+    (loss * world).backward()  # FSDP averages over the ranks
+    return torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf")).full_tensor().item() ** 2
+
+
+def measure(a, device, watch):
+    """Write the results of each of the checkpoints. a: the program's arguments."""
+    import torch.distributed as dist
+
+    for path, analysis, training, _ in values.each_checkpoint(a, device, watch):
+        found = batches(analysis, training)
+        if dist.get_rank() == 0:
+            name = values.name_of(path)
+            responses = -(-PROMPTS // dist.get_world_size()) * dist.get_world_size() * RESPONSES
+            measured = dict(checkpoint=str(path), responses=responses)
+            measured |= {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
+            result = dict(measured=measured, settings=asdict(analysis.s), batches=found)
+            values.write(a.results / f"{name}.json", result)
+            print(f"{name}: {len(found)} batches", flush=True)
+
+
+# --- what came out ---
+
+
+def ratio_and_error(above, below, rng, draws=400):
+    """mean(above) / mean(below) of paired values, and its standard error by resampling the pairs.
+
+    nan where all of below is 0.
+    """
+    if not sum(below):
+        return float("nan"), float("nan")
+    resampled = []
+    for _ in range(draws):
+        chosen = rng.choices(range(len(above)), k=len(above))
+        if total := sum(below[i] for i in chosen):
+            resampled.append(sum(above[i] for i in chosen) / total)
+    return sum(above) / sum(below), statistics.stdev(resampled)
+
+
+def rows_of(result):
+    """{estimator: (E|g|^2 over that of K = 9, its standard error, value tokens per response token)}."""
+    found, rng = result["batches"], random.Random(0)
+    nine = [batch["estimators"]["K=9"] for batch in found]
+    lengths = sum(batch["response_tokens"] for batch in found)
+    rows = {}
+    for name in found[0]["estimators"]:
+        ratio, error = ratio_and_error([batch["estimators"][name] for batch in found], nine, rng)
+        rows[name] = ratio, error, sum(batch["tokens"][name] for batch in found) / lengths
+    return rows
+
+
+def table(name, result):
+    """Lines of Markdown of one checkpoint."""
+    found = result["batches"]
+    bias = [batch["bias_of_adaptive"] for batch in found]
+    error = statistics.stdev(bias) / math.sqrt(len(bias))
+    exact = result["measured"]["exact_rollouts"]
+    size = f"{len(found)} batches of {result['measured']['responses']} responses"
+    of_what = f"{size}; exact values: {exact} other rollouts"
+    rule = f"bias of a value with adaptive K: {statistics.mean(bias):+.4f} ± {error:.4f}"
+    head = "| advantages | E\\|g\\|^2, K = 9 is 1 | value tokens per response token |"
+    lines = [f"## {name}", "", f"{of_what}; {rule}.", "", head, "|---|---|---|"]
+    for estimator, (ratio, its_error, tokens) in rows_of(result).items():
+        lines.append(f"| {estimator} | {ratio:.2f} ± {its_error:.2f} | {tokens:.1f} |")
+    return [*lines, ""]
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart
+GROUPS = {
+    "paper": "#0072b2",
+    "l, m": "#d55e00",
+    "shared": "#009e73",
+    "adaptive": "#cc79a7",
+    "other": "#000000",
+}
+
+
+def group_of(name):
+    if "shared" in name:
+        return "shared"
+    if ".." in name:
+        return "adaptive"
+    if "l=" in name:
+        return "l, m"
+    return "paper" if name.startswith("K=") else "other"
+
+
+def draw_one(axis, name, result):
+    """E|g|^2 against value tokens, a point for each estimator."""
+    for estimator, (ratio, error, tokens) in rows_of(result).items():
+        if estimator == "exact values":
+            axis.axhline(ratio, color="#999999", linewidth=1, linestyle=":", label="exact values")
+            continue
+        colour = GROUPS[group_of(estimator)]
+        axis.errorbar(tokens, ratio, error, marker="o", markersize=4, color=colour, capsize=2)
+        text = estimator.replace(", shared", "")
+        axis.annotate(
+            text, (tokens, ratio), xytext=(4, 3), textcoords="offset points", fontsize=6, color=colour
+        )
+    axis.set(title=name, xlabel="value tokens per response token", ylabel="$E|g|^2$, K = 9 is 1")
+    axis.grid(alpha=0.25)
+
+
+def draw(folder):
+    """The picture and the tables beside the folder of the results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if not results:
+        sys.exit(f"gradients.py: no results in {folder}: name checkpoints to measure")
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(5 * len(results), 4.2), layout="constrained", squeeze=False
+    )
+    text = ["# Noise of the gradient and tokens of the values, by experiments/gradients.py", ""]
+    for axis, (name, result) in zip(axes[0], results.items()):
+        draw_one(axis, name, result)
+        text += table(name, result)
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=n) for n, c in GROUPS.items()]
+    axes[0][-1].legend(handles=handles, fontsize=7)
+    figure.savefig(folder.parent / "gradients.png", dpi=110)
+    plt.close(figure)
+    (folder.parent / "gradients.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+# --- the program ---
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    folders = "RUN/checkpoints/N folders that train.py wrote, or RUN"
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=folders)
+    size = "of 4 problems (or the next multiple of the ranks) x 4 responses"
+    add("--batches", type=int, default=100, help=size)
+    add("--exact_rollouts", type=int, default=24, help="rollouts per state for exact values")
+    add("--seed", type=int, default=0, help="of the sampling")
+    results = "folder of the results; the picture and the tables go beside it"
+    add("--results", type=Path, default=RESULTS, help=results)
+    add("--draw", action="store_true", help="picture and tables from the results that are there")
+    a = parser.parse_args()
+    if a.draw:
+        return draw(a.results)
+    from support.ranks import check_gpus, init_distributed, leave, refuse
+    from support.watch import Watch
+
+    try:
+        check_gpus()
+        values.check_checkpoints(a.checkpoints)
+        if min(a.batches, a.exact_rollouts) < 2:
+            raise ValueError("--batches and --exact_rollouts must be at least 2")
+    except ValueError as error:
+        refuse(f"gradients.py: {error}")
+    device = init_distributed()
+    with Watch() as watch:
+        measure(a, device, watch)
+    if os.environ["RANK"] == "0":
+        draw(a.results)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
