@@ -1,6 +1,6 @@
 # make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
 # make compare: the runs of experiments/compare.py that have no result yet, then its pictures; two hours on two cores.
-# make analyze: values and gradients of three of those runs' checkpoints, which are run again where they are missing.
+# make analyze: values of three of those runs' checkpoints, which are run again where they are missing; gradients of the demo's.
 PYTHON ?= python3
 VENV := .venv
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -50,8 +50,12 @@ ANALYZED := $(addprefix runs/compare/,ppo-s0/checkpoints/40 ppo-256-s0/checkpoin
 runs/compare/%/checkpoints/40: | install runs/compare/sft/model.safetensors
 	$(VENV)/bin/python experiments/compare.py again $*
 
-analyze: install $(ANALYZED)
+runs/demo/checkpoints/80:
+	$(MAKE) demo
+
+analyze: install $(ANALYZED) runs/demo/checkpoints/80
 	$(TORCHRUN) experiments/values.py $(ANALYZED) --next_step_temperature 1.5
+	$(TORCHRUN) experiments/gradients.py runs/demo runs/demo/checkpoints/40 runs/demo/checkpoints/80 --batches 300
 
 test: install
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest tests

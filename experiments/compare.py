@@ -4,6 +4,7 @@
     python experiments/compare.py run --only 'rloo.*'
     python experiments/compare.py draw        # pictures and tables, from the results alone
     python experiments/compare.py again NAME  # a run once more, for its checkpoints
+    python experiments/compare.py --plan spend run     # another plan of runs, below; likewise draw, again
 
 `make compare` does the first and the third, after sft.py. `run` may be stopped and started at any
 time. `again` writes runs/compare/NAME and leaves the run's result as it is. A finished run leaves
@@ -23,6 +24,11 @@ at 1e-3).
 
 Sampling is at temperature 1, but for the runs named T. Evaluation is at temperature 1 too, on the
 first 400 held-out problems once each (standard error of one evaluation: 0.025).
+
+The plan "spend" asks how few rollouts the values need: VinePPO's K = 9, K = 3, K = 3 and 2 with averages
+of several states' values (--gae_lambda 0.5 --baseline_smoothing 0.5), and RLOO, at the same 16
+responses; eight seeds, evaluated on all 500 held-out problems twice. Its results are in
+experiments/results/spend.
 """
 
 import hashlib
@@ -73,6 +79,23 @@ METHODS = {  # name: (command, learning rates to search, number of seeds, whose 
     "rloo-256": (RL + EVAL + MORE_256 + " --algorithm rloo", LR, 2, "rloo-96"),
     "ppo-256": (RL + EVAL + MORE_256 + " --algorithm ppo --critic_learning_rate 1e-3", LR, 2, "rloo-96"),
 }
+
+VINE, AVERAGED = RL + " --eval_problems 500 --eval_samples 2", " --gae_lambda 0.5 --baseline_smoothing 0.5"
+LR_SPEND = ("2e-5", "5e-5", "1e-4", "2e-4")
+SPEND = {
+    "K9": (VINE + " --K 9", LR_SPEND, 8, None),
+    "K3": (VINE + " --K 3", LR_SPEND, 8, None),
+    "K3-averaged": (VINE + " --K 3" + AVERAGED, LR_SPEND, 8, None),
+    "K2-averaged": (VINE + " --K 2" + AVERAGED, LR_SPEND, 8, None),
+    "rloo16": (VINE + " --algorithm rloo", LR_SPEND, 8, None),
+}
+PLANS = {"compare": METHODS, "spend": SPEND}
+
+
+def use(plan):
+    """Take the methods of a plan, and the folder of its results."""
+    global METHODS, RESULTS
+    METHODS, RESULTS = PLANS[plan], ROOT / "experiments" / "results" / plan
 
 
 # --- running ---
@@ -173,16 +196,18 @@ def again(name):
 def curve_of(folder):
     """What the pictures need of a run's metrics: some of each line, with sums up to it.
 
-    tokens: generated; seconds: of training.
+    tokens: generated; value_tokens: of them, for the values; seconds: of training.
     """
-    curve, tokens, seconds = [], 0, 0.0
+    curve, tokens, value_tokens, seconds = [], 0, 0, 0.0
     names = ("iteration", "gradient_steps", "accuracy", "reward", "kl", "entropy", "explained_variance")
     for text in (folder / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
+        value_tokens += line.get("tokens_values", 0)
         tokens += line.get("tokens_sample", 0) + line.get("tokens_values", 0)
         seconds += sum(line.get(f"seconds_{phase}", 0.0) for phase in ("sample", "values", "train", "sync"))
         kept = {k: line[k] for k in names if k in line}
-        curve.append(kept | {"tokens": tokens, "seconds": round(seconds, 2)})
+        costs = {"tokens": tokens, "value_tokens": value_tokens, "seconds": round(seconds, 2)}
+        curve.append(kept | costs)
     return curve
 
 
@@ -262,7 +287,15 @@ def run(only):
 
 # --- what came out ---
 
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 % two-sided, by the number of seeds
+T95 = {
+    2: 12.71,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+}  # Student's t, 95 % two-sided, by the number of seeds
 # Okabe and Ito's colours, which the colour-blind can tell apart; the controls' lines are broken
 STYLE = {
     "vineppo-K9": ("VinePPO, K = 9", dict(color="#0072b2")),
@@ -278,6 +311,11 @@ STYLE = {
     "ppo-256": ("PPO, 256 responses (2 seeds)", dict(color="#e69f00", linestyle=":")),
     "restem": ("RestEM", dict(color="#cc79a7")),
     "dpo": ("DPO+", dict(color="#999999")),
+    "K9": ("VinePPO, K = 9", dict(color="#0072b2")),
+    "K3": ("K = 3", dict(color="#56b4e9")),
+    "K3-averaged": ("K = 3, averaged", dict(color="#e69f00")),
+    "K2-averaged": ("K = 2, averaged", dict(color="#cc79a7")),
+    "rloo16": ("RLOO", dict(color="#d55e00")),
 }
 
 
@@ -309,7 +347,8 @@ def evaluations(curves):
     for number in range(count):
         rows = [evaluation(curve, number) for curve in curves]
         accuracy, half = interval([row["accuracy"] for row in rows])
-        names = [k for k in ("gradient_steps", "tokens", "train", "kl") if all(k in row for row in rows)]
+        names = ("gradient_steps", "tokens", "value_tokens", "train", "kl")
+        names = [k for k in names if all(k in row for row in rows)]
         point = {k: statistics.mean(row[k] for row in rows) for k in names}
         points.append(point | dict(accuracy=accuracy, half=half, seconds=pace * rows[0]["iteration"]))
     return points
@@ -348,7 +387,7 @@ def column(points, name):
 
 
 def draw_costs(plt, methods, results):
-    """compare.png: accuracy against gradient steps, tokens and seconds."""
+    """PLAN.png: accuracy against gradient steps, tokens and seconds."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", sharey=True)
     panels = [
         ("gradient_steps", "gradient steps", "linear"),
@@ -369,7 +408,7 @@ def draw_costs(plt, methods, results):
     axes[0].set_ylabel("held-out accuracy at temperature 1")
     labels = axes[0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(RESULTS.parent / "compare.png", dpi=110)
+    figure.savefig(RESULTS.parent / f"{RESULTS.name}.png", dpi=110)
 
 
 def draw_more(plt, methods):
@@ -439,6 +478,24 @@ def table_of_methods(methods, results):
     return lines
 
 
+def table_of_spending(methods, results):
+    """Lines of Markdown: what each method reaches, and the rollouts that it takes."""
+    about = "Accuracy on 500 held-out problems, twice each, mean over the seeds and its 95 % t interval"
+    lines = [
+        f"{about}; seconds as in compare.md.",
+        "",
+        "| method | learning rate | seeds | accuracy at the start | at the end | value tokens | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, points in methods.items():
+        start, end, count = points[0], points[-1], len(seeds_of(method, results))
+        accuracy = f"{start['accuracy']:.3f} | {end['accuracy']:.3f} ± {end['half']:.3f}"
+        costs = f"{end['value_tokens']:,.0f} | {end['seconds']:,.0f}"
+        rate = rate_of(results[f"{method}-s0"]["command"])
+        lines.append(f"| {STYLE[method][0]} | {rate} | {count} | {accuracy} | {costs} |")
+    return lines
+
+
 def table_of_search(results):
     """Lines of Markdown: the accuracy of each learning rate that was searched."""
     lines = [
@@ -468,14 +525,21 @@ def draw():
         how = "`python experiments/compare.py run` makes them"
         sys.exit(f"compare.py: no finished runs in {RESULTS}: {how}")
     draw_costs(plt, methods, results)
-    draw_more(plt, methods)
-    lines = [*table_of_methods(methods, results), "", *table_of_search(results)]
-    (RESULTS.parent / "compare.md").write_text("\n".join(lines) + "\n")
+    if METHODS is SPEND:
+        lines = table_of_spending(methods, results)
+    else:
+        draw_more(plt, methods)
+        lines = table_of_methods(methods, results)
+    lines += ["", *table_of_search(results)]
+    (RESULTS.parent / f"{RESULTS.name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def main():
     words = sys.argv[1:]
+    if words[:1] == ["--plan"] and words[1:2] and words[1] in PLANS:
+        use(words[1])
+        words = words[2:]
     if words == ["run"]:
         run("")
     elif words[:2] == ["run", "--only"] and len(words) == 3:
@@ -485,7 +549,8 @@ def main():
     elif words[:1] == ["again"] and len(words) == 2:
         again(words[1])
     else:
-        sys.exit("usage: python experiments/compare.py run [--only REGEX] | draw | again NAME")
+        plans = "|".join(PLANS)
+        sys.exit(f"usage: compare.py [--plan {plans}] run [--only REGEX] | draw | again NAME")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import train
 from baselines import dpo, restem
-from episode import Episode
-from experiments import balance, compare, naive, show, values
+from episode import Completion, Episode, State
+from experiments import balance, compare, gradients, naive, show, values
 from model import load_sharded
 from ppo import Trainer
 from support.run_folder import write_solutions
@@ -248,11 +249,79 @@ def test_ranking_counts_pairs_that_differ_and_splits_ties():
     assert chance["pairs"] == chance["top1"] == 1.0 and chance["number_of_pairs"] == 6
 
 
-def test_the_limit_of_large_k_takes_out_what_falls_as_one_over_k():
-    batches = [{f"K={k}": a + b / k for k in values.KS} for a, b in ((2.0, 3.0), (5.0, 0.0), (1.0, -1.0))]
-    assert values.limit_of_large_k(batches) == pytest.approx([2.0, 5.0, 1.0])
-    ratio, error = values.ratio_and_error([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], random.Random(0))
-    assert ratio == pytest.approx(2.0) and error == pytest.approx(0.0, abs=1e-12)
+def test_a_run_stands_for_the_policy_that_it_began_from(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "40").mkdir(parents=True)
+    with pytest.raises(ValueError, match="neither a RUN of train.py nor its RUN/checkpoints/N"):
+        values.check_checkpoints([run])
+    (run / "settings.json").write_text(json.dumps(dict(dataset="arithmetic", model=str(tmp_path / "sft"))))
+    with pytest.raises(ValueError, match="there is no model in .*sft"):
+        values.check_checkpoints([run])
+    for folder in (tmp_path / "sft", run / "checkpoints" / "40"):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+    values.check_checkpoints([run, run / "checkpoints" / "40"])
+    assert values.model_of(run, values.settings_of(run)) == tmp_path / "sft"
+    assert [values.name_of(path) for path in (run, run / "checkpoints" / "40")] == ["run-0", "run-40"]
+
+
+# --- the analysis of gradients ---
+
+
+def test_the_estimators_get_their_own_rollouts_and_count_their_tokens():
+    """Two responses share the prompt; 9 rollouts of 2 tokens from each state, and 2 for exact values."""
+
+    def rewards_from(states, n, top_p):
+        assert n == 11 and top_p == 1.0
+        for state in states:
+            # from the prompt the first two rollouts agree, after the 5 they do not, after the 6 neither does
+            rewards = {(): [1, 1, 0], (5,): [1, 0, 0], (6,): [0, 0, 0]}[tuple(state.prefix_ids)]
+            for reward in [*rewards, 1, 1, 1, 1, 1, 1, 0, 1]:
+                state.rollouts.append(Completion([7, 7], "", True, None, reward=float(reward)))
+
+    options = SimpleNamespace(exact_rollouts=2)
+    analysis = SimpleNamespace(arguments=options, critic=None, rewards_from=rewards_from)
+    episodes = [Episode([1], response_ids=[i, 8], boundaries=[0, 1, 2], reward=i - 5.0) for i in (5, 6)]
+    found = gradients.advantages(analysis, episodes)
+    assert set(found) == {*gradients.ESTIMATORS, "RLOO"}
+    at = {name: list(per_token) for name, (per_token, _) in found.items()}
+    assert at["K=3"] == [pytest.approx([1 / 3 - 2 / 3, 0 - 1 / 3]), pytest.approx([0 - 2 / 3, 1 - 0])]
+    assert at["K=1"] == [[0.0, -1.0], [-1.0, 1.0]] and at["exact values"] == [[0.0, -0.5], [0.0, 0.5]]
+    target, baseline = 0.5 * 1 / 3 + 0.5 * 0, [2 / 3, 0.5 * 1 / 3 + 0.5 * 2 / 3]
+    assert at["K=3, l=m=0.5"][0] == pytest.approx([target - baseline[0], 0 - baseline[1]])
+    assert at["K=3, shared"][0] == pytest.approx([1 / 3 - 3 / 4, 0 - 1 / 3])  # the other's reward is 1
+    assert at["RLOO"] == [[-1.0] * 2, [1.0] * 2]
+    tokens = {name: count for name, (_, count) in found.items()}
+    assert tokens["K=9"] == 3 * 9 * 2 and tokens["K=1"] == 3 * 2 and tokens["exact values"] == 3 * 2 * 2
+    # all three disagree, with themselves or the prompt
+    assert tokens["K=2..9"] == tokens["K=9"] and tokens["RLOO"] == 0
+    assert gradients.bias_of_adaptive(episodes) == pytest.approx((8 / 9 + 7 / 9 + 6 / 9) / 3 - 0.5)
+
+
+def test_adaptive_k_is_few_where_all_agree():
+    states = [State([1], [5] * t) for t in range(4)]
+    episode = Episode([1], response_ids=[5] * 4, boundaries=[0, 1, 2, 3, 4], states=states)
+    for state, rewards in zip(states, ([1, 1], [1, 1], [1, 1], [0, 0])):
+        state.rollouts = [Completion([7], "", True, None, reward=float(r)) for r in [*rewards, *[1] * 9]]
+    chosen = gradients.rollouts_for("adaptive", [episode], states)
+    assert [len(chosen[state]) for state in states] == [2, 2, 9, 9]
+
+
+def test_ratios_of_second_moments_and_the_tokens_of_a_response_token(tmp_path):
+    batches = [
+        dict(estimators={"K=9": a, "RLOO": 2 * a}, tokens={"K=9": 90, "RLOO": 0}, response_tokens=30)
+        | dict(bias_of_adaptive=0.1)
+        for a in (1.0, 2.0, 4.0)
+    ]
+    result = dict(measured=dict(responses=16, exact_rollouts=24), batches=batches)
+    rows = gradients.rows_of(result)
+    assert rows["K=9"] == (1.0, 0.0, 3.0)
+    assert rows["RLOO"] == (pytest.approx(2.0), pytest.approx(0.0, abs=1e-12), 0.0)
+    folder = tmp_path / "gradients"
+    values.write(folder / "run-40.json", result)
+    gradients.draw(folder)
+    assert "| RLOO | 2.00 ± 0.00 | 0.0 |" in (tmp_path / "gradients.md").read_text()
+    assert (tmp_path / "gradients.png").stat().st_size > 10_000
 
 
 def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, device):
@@ -267,7 +336,7 @@ def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, devi
             logprobs = (plain(ids).logits[0, 1:-1] / 0.7).log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
             (-(logprobs * torch.tensor(a)).sum() / 3).backward()
         expected = sum((p.grad**2).sum() for p in plain.parameters()).item()
-        found = values.squared_gradient(policy, episodes, advantages, 0.7, device)
+        found = gradients.squared_gradient(policy, episodes, advantages, 0.7, device)
         assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -281,7 +350,9 @@ def test_a_run_of_the_comparison_can_be_made_again_by_its_name():
 def test_values_refuses_what_is_no_checkpoint(tmp_path):
     done = python("experiments/values.py", tmp_path)
     assert done.returncode == 1
-    assert done.stderr.strip() == f"values.py: {tmp_path} is no RUN/checkpoints/N of train.py"
+    assert (
+        done.stderr.strip() == f"values.py: {tmp_path} is neither a RUN of train.py nor its RUN/checkpoints/N"
+    )
 
 
 # --- speed ---
