@@ -88,20 +88,22 @@ class Episode:
     def as_dict(self, decode, shown=2):
         """What is stored of it for experiments/show.py: prompt, answer, reward, finished, steps.
 
-        A step: text, advantage (mean of its tokens), value (of the state before it; None where the
-        algorithm has none) and, where rollouts made the value, K, how many were right, the texts of
-        `shown` right and wrong ones, and the advantage's target and baseline if they are no plain values.
+        A step: text, tokens (their number), advantage (their mean), value (of the state before it; None
+        where the algorithm has none) and, where rollouts made the value, K, how many were right, their
+        lengths in tokens, the texts of `shown` right and wrong ones, and the advantage's target and
+        baseline if they are no plain values.
         """
         starts, steps = token_starts(self.response_ids, decode), []
         cuts = self.boundaries or step_boundaries("paper", self.text, self.response_ids, decode)
         for t, (a, b) in enumerate(zip(cuts, cuts[1:])):
             text = self.text[starts[a] : starts[b] if b < len(starts) else None]
-            step = dict(text=text, advantage=statistics.mean(self.advantages[a:b]), value=None)
+            step = dict(text=text, tokens=b - a, advantage=statistics.mean(self.advantages[a:b]), value=None)
             if self.states:
                 rollouts = self.states[t].rollouts if self.states[t] else []
                 right = [r for r in rollouts if r.reward]
                 wrong = [r for r in rollouts if not r.reward]
                 step |= dict(value=self.step_values[t], right=len(right), K=len(rollouts))
+                step["rollout_tokens"] = [len(r.token_ids) for r in rollouts]
                 made_of, plain = (
                     (self.step_targets[t], self.step_baselines[t]),
                     [*self.step_values, self.reward],

@@ -388,6 +388,24 @@ def test_the_benchmark_finds_the_value_prompts_in_the_prefix_cache():
 
 def test_the_simulated_ranks_wait_less_where_the_states_are_dealt():
     solutions = [[0, 40, 80]] * 9 + [list(range(0, 901, 30))]  # one problem of ten is long
-    found = [balance.iteration("DeepSeekMath-7B", solutions, evened, 8, 0) for evened in (False, True)]
-    (alone, waits), (dealt, waits_less) = found
+
+    def draw(problems, rng):
+        return balance.responses_of(solutions, problems, rng)
+
+    found = [balance.iteration("DeepSeekMath-7B", draw, evened, 8, 0) for evened in (False, True)]
+    (alone, waits, _), (dealt, waits_less, _) = found
     assert dealt < 0.9 * alone and waits_less < waits
+
+
+def test_the_simulation_takes_the_lengths_that_a_run_has_stored(tmp_path):
+    step = dict(text="a", advantage=0.0, value=0.5)
+    steps = [step | dict(tokens=3, rollout_tokens=[5, 7]), step | dict(tokens=2, rollout_tokens=[1, 4])]
+    solutions = [dict(prompt="?", steps=steps), dict(prompt="?", steps=steps)]
+    write_solutions(tmp_path / "episodes" / "000001.jsonl.gz", solutions)
+    draw = balance.from_run(tmp_path)
+    sequences = list(draw(1, random.Random(0)))
+    assert [s.to_go for s in sequences] == [5, 5] and [len(s.states) for s in sequences] == [2, 1]
+    *_, tokens = balance.iteration("Rho-1B", draw, True, 1, 0)
+    assert tokens == 64 * (2 * 5 + (5 + 7) + 2 * (1 + 4))  # the prompt's rollouts once
+    with pytest.raises(ValueError, match="has stored no iteration"):
+        balance.from_run(tmp_path / "episodes")
