@@ -26,6 +26,7 @@ SMALL = [
     "4",
 ]
 SMALL += ["--max_tokens", "40", "--eval_problems", "8", "--eval_samples", "1"]
+SMALL += ["--max_bad_answers", "1"]  # FAULTY's rewards have nothing to do with the gold answers
 
 
 def metrics_of(run):
@@ -144,6 +145,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
         3e-3,
     ]
     arguments += ["--max_sequences", 4]  # so that states wait, and are dealt to the other rank
+    averaged = "--gae_lambda 0.5 --baseline_smoothing 0.5 --share_responses"
+    arguments += f"{averaged} --step_credit cutpoints:12 --mask_above 0.05".split()
     run = lambda folder, how, ranks=2: torchrun(
         ranks, tmp_path / "faulty.py", *arguments, "--run_dir", tmp_path / folder, how
     )
@@ -167,6 +170,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
         and expected[-1]["grad_norm"] > 0
     )
     assert comparable(tmp_path / "stopped") == expected
+    assert all(0 < line["kept"] < 1 and line["steps_per_response"] > 1 for line in expected[1:])
     same = [
         AutoModelForCausalLM.from_pretrained(tmp_path / folder / "model").state_dict()
         for folder in ("straight", "stopped")
@@ -236,8 +240,6 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
         3,
         "--ranked",
         2,
-        "--batches",
-        3,
         "--truth_rollouts",
         8,
         "--results",
@@ -253,14 +255,23 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
             and 0 <= row["position"] < 1
             and "value network" in row
         )
-    assert len(found["gradient"]) == 3
-    for line in found["gradient"]:
-        assert (
-            line["K=1"] == line["K=9"] == line["RLOO"] == 0 and line["value network"] >= 0
-        )  # the network alone thinks otherwise
     assert (tmp_path / "results" / "values-run-3.png").exists() and "## run-3" in (
         tmp_path / "results" / "values.md"
     ).read_text()
+
+    # and of gradients, also of the policy that the run began from
+    arguments = ["--batches", 2, "--exact_rollouts", 2, "--results", tmp_path / "results" / "gradients"]
+    run = tmp_path / "run"
+    done = python("experiments/gradients.py", run, run / "checkpoints" / "3", *arguments)
+    assert done.returncode == 0, done.stderr
+    for name, with_network in (("run-0", False), ("run-3", True)):
+        found = json.loads((tmp_path / "results" / "gradients" / f"{name}.json").read_text())
+        assert len(found["batches"]) == 2
+        for batch in found["batches"]:
+            squares = batch["estimators"]
+            assert squares["K=1"] == squares["exact values"] == squares["RLOO"] == 0
+            assert ("value network" in squares) == with_network and batch["tokens"]["K=9"] > 0
+    assert (tmp_path / "results" / "gradients.png").exists()
 
 
 FAILURES = {
@@ -357,7 +368,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     (
         "--model {model} --step_credit line",
         1,
-        "--step_credit line is not known: use paper, newline, sentence, or tokens:N",
+        "--step_credit line is not known: use paper, newline, sentence, tokens:N",
     ),
     ("--model {model} --top_p 1.5", 1, "--top_p 1.5 must be above 0 and at most 1"),
     ("--model {model} --temperature 0", 1, "--temperature 0.0 must be above 0"),
