@@ -49,7 +49,7 @@ class Settings:
     # the run
     dataset: str = setting("arithmetic", "math, gsm8k, arithmetic (built in), or a path (see data.py)")
     model: str | None = setting("realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name")
-    algorithm: str = setting("vineppo", "of advantages", choices=["vineppo", "ppo", "grpo", "rloo"])
+    algorithm: str = setting("vineppo", "whose advantages", choices=["vineppo", "ppo", "grpo", "rloo"])
     run_dir: str | None = setting(None, "folder of the run; None: runs/DATASET", may_change=True)
     resume: bool = setting(False, "fail without a checkpoint; resuming is automatic", may_change=True)
     iterations: int = setting(1000, "rounds of sampling and update", min=1)
@@ -85,7 +85,7 @@ class Settings:
     )
     epochs: int = setting(2, "passes over an iteration's responses", min=1)
     clip: float = setting(0.2, "range of the probability ratio, 1 - clip .. 1 + clip", min=0)
-    mask_above: float | None = setting(None, "train on tokens below this old probability", min=0, max=1)
+    mask_above: float | None = setting(None, "train on tokens below this old probability", above=0, max=1)
     kl_coef: float = setting(1e-4, "weight of the KL penalty to the initial policy", min=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     # evaluation and saving
