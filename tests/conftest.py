@@ -112,6 +112,24 @@ def python(*argv, **variables):
     )
 
 
+@pytest.fixture
+def main_of(monkeypatch, capsys):
+    """Runs a program's main with arguments, in this process: (exit code, stdout, what it says as it ends)."""
+
+    def run(module, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            module.main()
+            code = said = None
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int | None) else 1
+            said = ended.code if isinstance(ended.code, str) else ""
+        return code or 0, capsys.readouterr().out, said
+
+    return run
+
+
 def our_environment():
     """This process's, but for what makes it a rank; one thread per process."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import train
 from baselines import dpo, restem
 from episode import Completion, Episode, State
-from experiments import balance, compare, gradients, naive, show, values
+from experiments import balance, compare, gradients, naive, plot, show, values
 from model import load_sharded
 from ppo import Trainer
 from support.run_folder import write_solutions
@@ -38,8 +38,9 @@ def searches(method, curve):
 
 
 def test_every_planned_command_is_one_that_train_accepts():
-    for method, (command, rates, seeds, search) in compare.METHODS.items():
+    for method, (command, rates, seeds, search) in [x for p in compare.PLANS.values() for x in p.items()]:
         assert seeds in compare.T95 and (search is None or compare.METHODS[search][1] == rates)
+        assert method in compare.STYLE or "-T" in method
         for rate in rates if command.startswith("train.py") else ():
             s = train.parse_settings([*command.split()[1:], "--learning_rate", *rate.split()])
             train.check(s, 1)
@@ -162,27 +163,25 @@ def test_a_solution_in_the_terminal():
 
 def assert_one_line(done, about):
     """A program that was refused said why."""
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1 and str(about) in done.stderr
+    code, _, said = done
+    assert code == 1 and "\n" not in said and str(about) in said
 
 
-def test_show_from_the_shell(tmp_path):
+def test_show(tmp_path, main_of):
     run = tmp_path / "run"
-    done = python("experiments/show.py", run)
-    assert_one_line(done, run)
+    assert_one_line(main_of(show, run), run)
     write_solutions(run / "episodes" / "000020.jsonl.gz", [solution()] * 3)
-    assert "--iteration 3 was not stored" in python("experiments/show.py", run, "--iteration", 3).stderr
-    assert "the iteration has the solutions 0 to 2" in python("experiments/show.py", run, "--text", 3).stderr
-    assert python("experiments/show.py", run, "--text", 2).stdout.rstrip().endswith("unfinished")
-    done = python("experiments/show.py", run, "--out", tmp_path / "page.html")
-    assert "3 solutions of iteration 20" in done.stdout
+    assert_one_line(main_of(show, run, "--iteration", 3), "--iteration 3 was not stored")
+    assert_one_line(main_of(show, run, "--text", 3), "the iteration has the solutions 0 to 2")
+    assert main_of(show, run, "--text", 2)[1].rstrip().endswith("unfinished")
+    _, output, _ = main_of(show, run, "--out", tmp_path / "page.html")
+    assert "3 solutions of iteration 20" in output
     assert "run, iteration 20" in (tmp_path / "page.html").read_text()
 
 
-def test_plot_from_the_shell(tmp_path):
+def test_plot(tmp_path, main_of):
     runs = tmp_path / "run", tmp_path / "other"
-    done = python("experiments/plot.py", runs[0])
-    assert_one_line(done, runs[0])
+    assert_one_line(main_of(plot, runs[0]), runs[0])
     for run, rate in zip(runs, (0.1, 0.2)):
         run.mkdir()
         lines = [json.dumps(line) + "\n" for line in result([0.1, 0.2])["curve"]]
@@ -190,10 +189,10 @@ def test_plot_from_the_shell(tmp_path):
         settings = dict(dataset="arithmetic", algorithm="vineppo", learning_rate=rate, run_dir=str(run))
         (run / "settings.json").write_text(json.dumps(settings))
     for chosen, picture in ((runs[:1], "one.png"), (runs, "both.png")):
-        done = python("experiments/plot.py", *chosen, "--out", tmp_path / picture)
-        assert done.returncode == 0 and (tmp_path / picture).stat().st_size > 20_000, done.stderr
-    assert "learning_rate 0.1" in done.stdout and "learning_rate 0.2" in done.stdout
-    assert "run_dir" not in done.stdout
+        code, output, _ = main_of(plot, *chosen, "--out", tmp_path / picture)
+        assert code == 0 and (tmp_path / picture).stat().st_size > 20_000
+    assert "learning_rate 0.1" in output and "learning_rate 0.2" in output
+    assert "run_dir" not in output
 
 
 # --- the analysis of values ---
@@ -340,19 +339,16 @@ def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, devi
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_of_the_comparison_can_be_made_again_by_its_name():
-    done = python("experiments/compare.py", "again", "vineppo-K10-s0")
-    assert done.returncode == 1
-    assert "there is no run vineppo-K10-s0: name one of " in done.stderr
-    assert "vineppo-K9-s0" in done.stderr
+def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of):
+    code, _, said = main_of(compare, "again", "vineppo-K10-s0")
+    assert code == 1 and "there is no run vineppo-K10-s0: name one of " in said and "vineppo-K9-s0" in said
 
 
-def test_values_refuses_what_is_no_checkpoint(tmp_path):
-    done = python("experiments/values.py", tmp_path)
-    assert done.returncode == 1
-    assert (
-        done.stderr.strip() == f"values.py: {tmp_path} is neither a RUN of train.py nor its RUN/checkpoints/N"
-    )
+@pytest.mark.parametrize("program", [values, gradients])
+def test_what_is_no_checkpoint_is_refused(program, tmp_path, main_of):
+    what = f"{tmp_path} is neither a RUN of train.py nor its RUN/checkpoints/N"
+    name = program.__name__.split(".")[-1]
+    assert main_of(program, tmp_path) == (1, "", f"{name}.py: {what}")
 
 
 # --- speed ---

@@ -42,12 +42,12 @@ def test_a_rank_holds_what_the_plan_says(name):
     "name, gpus, fits",
     [("rho", 8, True), ("rho", 1, True), ("deepseekmath", 8, True), ("deepseekmath", 1, False)],
 )
-def test_the_papers_models_fit_eight_gpus_and_the_program_says_so(name, gpus, fits, tmp_path):
+def test_the_papers_models_fit_eight_gpus_and_the_program_says_so(name, gpus, fits, tmp_path, main_of):
     LlamaConfig(**SIZES[name]).save_pretrained(tmp_path)
-    done = python("experiments/plan.py", "--dataset", "math", "--model", tmp_path, "--gpus", gpus)
-    assert done.returncode == (not fits), done.stdout + done.stderr
-    assert ("does not fit" not in done.stdout) == fits
-    assert f"on {gpus} GPUs of 80 GB" in done.stdout
+    code, output, _ = main_of(plan, "--dataset", "math", "--model", tmp_path, "--gpus", gpus)
+    assert code == (not fits), output
+    assert ("does not fit" not in output) == fits
+    assert f"on {gpus} GPUs of 80 GB" in output
 
 
 @pytest.mark.parametrize(
@@ -61,21 +61,16 @@ def test_the_papers_models_fit_eight_gpus_and_the_program_says_so(name, gpus, fi
         (["--gpus", "8", "--model", "no/such/model/here"], "--model no/such/model/here cannot be loaded"),
     ],
 )
-def test_bad_input_gets_one_line(options, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--dataset", "math", *options])
-    with pytest.raises(SystemExit) as ended:
-        plan.main()
-    line = ended.value.code
-    assert line.startswith(f"plan.py: {message}") and "\n" not in line
+def test_bad_input_gets_one_line(options, message, main_of):
+    code, _, line = main_of(plan, "--dataset", "math", *options)
+    assert code == 1 and line.startswith(f"plan.py: {message}") and "\n" not in line
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), OPTConfig(ffn_dim=2048)])
-def test_configurations_with_names_of_their_own(config, tmp_path, monkeypatch):
+def test_configurations_with_names_of_their_own(config, tmp_path, main_of):
     config.save_pretrained(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "1", "--model", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        plan.main()
-    assert ended.value.code == 0
+    code, output, _ = main_of(plan, "--gpus", 1, "--model", tmp_path)
+    assert code == 0 and output.endswith("fits\n")
     assert plan.inner_size(config) == dict(gpt2=3072, opt=2048)[config.model_type]
 
 
