@@ -12,6 +12,7 @@ that is refused the table has the line that its user gets.
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ SMALL = dict(
 HEAD, WINDOW = dict(head_dim=32), dict(sliding_window=16)  # a window that the texts outgrow
 ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 EXPERTS = dict(num_experts_per_tok=2)
+OWN_LAYOUT = "Mistral, in its own layout beside Hugging Face's"
 FAMILIES = {  # name: (configuration class, what is not SMALL, a model of it)
     "Llama 2": ("Llama", dict(num_key_value_heads=4), "Rho-1B, DeepSeekMath-7B"),
     "Llama 3": ("Llama", dict(rope_scaling=dict(rope_type="llama3", **ROPE)), "Llama-3.1-8B"),
@@ -46,6 +48,7 @@ FAMILIES = {  # name: (configuration class, what is not SMALL, a model of it)
     "Gemma": ("Gemma", HEAD | dict(tie_word_embeddings=True), "gemma-2b"),
     "Gemma 3": ("Gemma3Text", HEAD | WINDOW | dict(num_hidden_layers=6), "gemma-3-1b-it"),
     "Mistral": ("Mistral", WINDOW, "Mistral-7B-v0.1"),
+    OWN_LAYOUT: ("Mistral", {}, "Mistral-7B-Instruct-v0.3"),
     "Phi-3": ("Phi3", {}, "Phi-3-mini-4k-instruct"),
     "GLM-4": ("Glm4", HEAD, "GLM-4-9B-0414"),
     "OLMo 2": ("Olmo2", {}, "OLMo-2-0425-1B"),
@@ -87,6 +90,14 @@ def write_model(name, folder):
             if parameter.dim() > 1:  # spread out, so that a wrong window or place shows
                 parameter.normal_(0, 0.08)
     model.save_pretrained(folder)
+    if name == OWN_LAYOUT:
+        import mistral_common  # comes with vLLM
+
+        source = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+        shutil.copy(source, Path(folder, "tokenizer.model.v3"))
+        shutil.copy(Path(folder, "model.safetensors"), Path(folder, "consolidated.safetensors"))
+        sizes = dict(dim=128, n_layers=2, head_dim=32, hidden_dim=256, n_heads=4, n_kv_heads=2)
+        Path(folder, "params.json").write_text(json.dumps(sizes | dict(norm_eps=1e-6, vocab_size=32)))
 
 
 def trial(name):
