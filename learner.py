@@ -154,7 +154,7 @@ class Learner:
         """
         steps, tokens = [], [len(e.response_ids) for e in episodes]
         if counted is not None:
-            tokens = [part.sum().item() for part in counted.split(tokens)]
+            tokens = torch.stack([part.sum() for part in counted.split(tokens)]).tolist()
         for rows in minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):
             steps.append(self._optimizer_step(episodes, rows, loss_of, sum(tokens[i] for i in rows)))
         self.optimizer.zero_grad()  # nothing stays beside the engine that need not

@@ -57,7 +57,9 @@ class Settings:
     # problems and prompts
     prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
-    max_bad_answers: float = setting(0.03, "share of gold answers that may be unmatchable", min=0, max=1)
+    max_bad_answers: float = setting(
+        0.03, "share of gold answers that no response can match", min=0, max=1, may_change=True
+    )
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
     step_credit: str = setting("paper", "vineppo: paper, newline, sentence, tokens:N, cutpoints:N")
@@ -72,9 +74,7 @@ class Settings:
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
     temperature: float = setting(0.6, "of sampling; the trainer's logits are divided by it too", above=0)
     top_p: float = setting(0.9, "nucleus of responses and rollouts", above=0, max=1)
-    max_tokens: int = setting(
-        1024, "token limit of a response, and of the prefix and rollout of a state together", min=1
-    )
+    max_tokens: int = setting(1024, "token limit of a response, and of prefix and rollout together", min=1)
     max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
     stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
     # the update

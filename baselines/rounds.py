@@ -47,7 +47,7 @@ class Settings:
     seed: int = setting(0, "of the problems, the sampling and the order of the examples")
     prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
-    max_bad_answers: float = setting(0.03, "share of gold answers that may be unmatchable", min=0, max=1)
+    max_bad_answers: float = setting(0.03, "share of gold answers that no response can match", min=0, max=1)
     temperature: float = setting(0.6, "sampling temperature", above=0)
     top_p: float = setting(0.9, "nucleus", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response", min=1)
