@@ -6,9 +6,10 @@
 
 RUN/checkpoints/N is a checkpoint of train.py, RUN the policy that it began from. Independent batches
 of responses to training problems are sampled, without a nucleus; all estimators get the same ones.
-E|g|^2 is the second moment of the plain policy gradient (no whitening, clipping or KL), whose mean is
-the same for all of them, so that a lower one is less noise. Nearly: where a step ends may depend on
-what follows it, as with "#### n", and then a state's value is no pure baseline.
+E|g|^2 is the second moment of the plain policy gradient (no whitening, clipping or KL); the signal is
+|E g|^2, estimated without bias by the products of different batches; the noise is what is left. The
+signal is the same for all of them. Nearly: where a step ends may depend on what follows it, as with
+"#### n", and then a state's value is no pure baseline.
 
     K=1, 2, 3, 9             VinePPO with so many rollouts from each state
     l, m                     --gae_lambda l --baseline_smoothing m: averages of several states' values
@@ -19,7 +20,8 @@ what follows it, as with "#### n", and then a state's value is no pure baseline.
     RLOO                     no values
     value network            of a PPO run's checkpoint; other runs have none
 
-Tokens are those of the rollouts that an estimator needs. It writes
+Tokens are those of the rollouts that an estimator needs. --only "K=9" "RLOO" measures these alone,
+which a large model's memory may ask for: BLOCKS gradients of each stay in host memory. It writes
 experiments/results/gradients/NAME.json for each checkpoint; the picture and the tables are made from
 these files alone. Steps are the paper's, whatever --step_credit the run had.
 """
@@ -44,6 +46,8 @@ from experiments import values
 RESULTS = ROOT / "experiments" / "results" / "gradients"
 PROMPTS, RESPONSES = 4, 4  # of a batch; prompts: or a multiple of the ranks
 FEW, MOST = 2, 9  # rollouts of adaptive K
+EXACT = {"K=2..9", "K=2..9, l=m=0.5", "exact values"}  # what needs the exact values' rollouts
+BLOCKS = 10  # of batches, for the jackknife
 ESTIMATORS = {  # name: (K, lambda, smoothing, shared)
     "K=9": (9, 0.0, 0.0, False),
     "K=3": (3, 0.0, 0.0, False),
@@ -94,8 +98,12 @@ def advantages(analysis, episodes):
         e.states = states_of(e, known)
         for state in e.states:
             passing.setdefault(state, []).append(e)
-    analysis.rewards_from(list(known.values()), MOST + analysis.arguments.exact_rollouts, top_p=1.0)
+    wanted = analysis.arguments.only or [*ESTIMATORS, "RLOO", "value network"]
+    exact = analysis.arguments.exact_rollouts if EXACT & set(wanted) else 0
+    analysis.rewards_from(list(known.values()), MOST + exact, top_p=1.0)
     for name, (k, lam, smoothing, shared) in ESTIMATORS.items():
+        if name not in wanted:
+            continue
         rollouts, per_token = rollouts_for(k, episodes, known.values()), []
         rewards = {state: [r.reward for r in part] for state, part in rollouts.items()}
         for e in episodes:
@@ -107,7 +115,7 @@ def advantages(analysis, episodes):
         found[name] = per_token, sum(len(r.token_ids) for part in rollouts.values() for r in part)
     Group(rloo, RESPONSES).set_advantages(episodes)
     found["RLOO"] = [e.advantages for e in episodes], 0
-    if analysis.critic:
+    if analysis.critic and "value network" in wanted:
         analysis.critic.set_advantages(episodes)
         found["value network"] = [e.advantages for e in episodes], 0
     return found
@@ -125,13 +133,15 @@ def bias_of_adaptive(episodes):
 
 
 def batches(analysis, problems):
-    """Of each batch: {estimators: {name: |g|^2}, tokens: {name: of its rollouts}, response_tokens, bias}."""
+    """(Of each batch: {estimators: {name: |g|^2}, tokens: {name: of its rollouts}, response_tokens, bias};
+    {name: the products of the gradients' sums over the BLOCKS, [BLOCKS][BLOCKS]}).
+    """
     import torch
     import torch.distributed as dist
 
     from support.ranks import sum_over_ranks
 
-    a, s, out = analysis.arguments, analysis.s, []
+    a, s, out, sums = analysis.arguments, analysis.s, [], {}
     rank, world = dist.get_rank(), dist.get_world_size()
     prompts = -(-PROMPTS // world) * world
     for number in range(a.batches):
@@ -140,12 +150,13 @@ def batches(analysis, problems):
         episodes = analysis.solutions(drawn, RESPONSES, top_p=1.0)
         squares, tokens = {}, {}
         for name, (per_token, count) in advantages(analysis, episodes).items():
-            squares[name] = squared_gradient(
-                analysis.policy, episodes, per_token, s.temperature, analysis.device
-            )
+            how = s.temperature, analysis.device
+            squares[name] = squared_gradient(analysis.policy, episodes, per_token, *how)
             tokens[name] = count
+            add_to_block(sums.setdefault(name, [0.0] * BLOCKS), number % BLOCKS, analysis.policy)
         lengths = sum(len(e.response_ids) for e in episodes)
-        numbers = [*tokens.values(), lengths, bias_of_adaptive(episodes) / world]
+        bias = bias_of_adaptive(episodes) if EXACT & set(squares) else float("nan")
+        numbers = [*tokens.values(), lengths, bias / world]
         totals = sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=analysis.device)).tolist()
         counts = dict(zip(tokens, totals))
         out.append(
@@ -153,7 +164,19 @@ def batches(analysis, problems):
         )
         if rank == 0 and (number + 1) % 10 == 0:
             print(f"{number + 1} of {a.batches} batches", flush=True)
-    return out
+    products = {}
+    for name, blocks in sums.items():
+        blocks = torch.stack(blocks)  # [BLOCKS, this rank's parameters]
+        products[name] = sum_over_ranks((blocks @ blocks.T).double().to(analysis.device)).tolist()
+    return out, products
+
+
+def add_to_block(blocks, number, policy):
+    """Add the policy's gradient, this rank's shards of it, to a block's sum, in host memory."""
+    import torch
+
+    shards = [parameter.grad.to_local().flatten() for parameter in policy.parameters()]
+    blocks[number] = blocks[number] + torch.cat(shards).cpu()
 
 
 def squared_gradient(policy, episodes, advantages, temperature, device):
@@ -183,13 +206,13 @@ def measure(a, device, watch):
     import torch.distributed as dist
 
     for path, analysis, training, _ in values.each_checkpoint(a, device, watch):
-        found = batches(analysis, training)
+        found, products = batches(analysis, training)
         if dist.get_rank() == 0:
             name = values.name_of(path)
             responses = -(-PROMPTS // dist.get_world_size()) * dist.get_world_size() * RESPONSES
             measured = dict(checkpoint=str(path), responses=responses)
             measured |= {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
-            result = dict(measured=measured, settings=asdict(analysis.s), batches=found)
+            result = dict(measured=measured, settings=asdict(analysis.s), products=products, batches=found)
             values.write(a.results / f"{name}.json", result)
             print(f"{name}: {len(found)} batches", flush=True)
 
@@ -212,6 +235,32 @@ def ratio_and_error(above, below, rng, draws=400):
     return sum(above) / sum(below), statistics.stdev(resampled)
 
 
+def moments(result, name, without=None):
+    """(signal, noise) of an estimator: |E g|^2 and E|g|^2 - |E g|^2; without one of the BLOCKS.
+
+    With the batches' gradients g_i, i = 1..n: signal = (|sum g_i|^2 - sum |g_i|^2) / (n (n - 1)).
+    """
+    blocks = [b for b in range(BLOCKS) if b != without]
+    squares = [
+        batch["estimators"][name] for i, batch in enumerate(result["batches"]) if i % BLOCKS != without
+    ]
+    n, of_squares, products = len(squares), sum(squares), result["products"][name]
+    of_sum = sum(products[i][j] for i in blocks for j in blocks)
+    signal = (of_sum - of_squares) / (n * (n - 1))
+    return signal, of_squares / n - signal
+
+
+def jackknife(estimate):
+    """(estimate(None), its standard error from estimate(without=b) for each of the BLOCKS)."""
+    left_out = [estimate(b) for b in range(BLOCKS)]
+    return estimate(None), math.sqrt((BLOCKS - 1) * statistics.pvariance(left_out))
+
+
+def noise_ratio(result, above, below):
+    """(noise of an estimator over that of another, its standard error)."""
+    return jackknife(lambda b: moments(result, above, b)[1] / moments(result, below, b)[1])
+
+
 def rows_of(result):
     """{estimator: (E|g|^2 over that of K = 9, its standard error, value tokens per response token)}."""
     found, rng = result["batches"], random.Random(0)
@@ -227,16 +276,21 @@ def rows_of(result):
 def table(name, result):
     """Lines of Markdown of one checkpoint."""
     found = result["batches"]
-    bias = [batch["bias_of_adaptive"] for batch in found]
-    error = statistics.stdev(bias) / math.sqrt(len(bias))
-    exact = result["measured"]["exact_rollouts"]
-    size = f"{len(found)} batches of {result['measured']['responses']} responses"
-    of_what = f"{size}; exact values: {exact} other rollouts"
-    rule = f"bias of a value with adaptive K: {statistics.mean(bias):+.4f} ± {error:.4f}"
-    head = "| advantages | E\\|g\\|^2, K = 9 is 1 | value tokens per response token |"
-    lines = [f"## {name}", "", f"{of_what}; {rule}.", "", head, "|---|---|---|"]
+    about = f"{len(found)} batches of {result['measured']['responses']} responses"
+    if EXACT & set(found[0]["estimators"]):
+        bias = [batch["bias_of_adaptive"] for batch in found]
+        error = statistics.stdev(bias) / math.sqrt(len(bias))
+        about += f"; exact values: {result['measured']['exact_rollouts']} other rollouts"
+        about += f"; bias of a value with adaptive K: {statistics.mean(bias):+.4f} ± {error:.4f}"
+    head = "| advantages | E\\|g\\|^2, K = 9 is 1 | noise, K = 9 is 1 | signal | value tokens per response token |"
+    lines = [f"## {name}", "", f"{about}.", "", head, "|---|---|---|---|---|"]
     for estimator, (ratio, its_error, tokens) in rows_of(result).items():
-        lines.append(f"| {estimator} | {ratio:.2f} ± {its_error:.2f} | {tokens:.1f} |")
+        cells = [f"{ratio:.2f} ± {its_error:.2f}", "", ""]
+        if "products" in result:  # results of before they were stored have none
+            noise, noise_error = noise_ratio(result, estimator, "K=9")
+            signal, signal_error = jackknife(lambda b, e=estimator: moments(result, e, b)[0])
+            cells[1:] = f"{noise:.2f} ± {noise_error:.2f}", f"{signal:.3g} ± {signal_error:.2g}"
+        lines.append(f"| {estimator} | {' | '.join(cells)} | {tokens:.1f} |")
     return [*lines, ""]
 
 
@@ -312,6 +366,7 @@ def main():
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=folders)
     size = "of 4 problems (or the next multiple of the ranks) x 4 responses"
     add("--batches", type=int, default=100, help=size)
+    add("--only", nargs="+", metavar="ESTIMATOR", help="measure these, with K=9, instead of all")
     add("--exact_rollouts", type=int, default=24, help="rollouts per state for exact values")
     add("--seed", type=int, default=0, help="of the sampling")
     results = "folder of the results; the picture and the tables go beside it"
@@ -326,8 +381,12 @@ def main():
     try:
         check_gpus()
         values.check_checkpoints(a.checkpoints)
-        if min(a.batches, a.exact_rollouts) < 2:
-            raise ValueError("--batches and --exact_rollouts must be at least 2")
+        if a.batches < BLOCKS or a.exact_rollouts < 2:
+            raise ValueError(f"--batches must be at least {BLOCKS} and --exact_rollouts at least 2")
+        known = [*ESTIMATORS, "RLOO", "value network"]
+        a.only = a.only and ["K=9", *a.only]
+        if unknown := [name for name in a.only or () if name not in known]:
+            raise ValueError(f"--only {unknown[0]} is not known: use {', '.join(known)}")
     except ValueError as error:
         refuse(f"gradients.py: {error}")
     device = init_distributed()

@@ -277,7 +277,7 @@ def test_the_estimators_get_their_own_rollouts_and_count_their_tokens():
             for reward in [*rewards, 1, 1, 1, 1, 1, 1, 0, 1]:
                 state.rollouts.append(Completion([7, 7], "", True, None, reward=float(reward)))
 
-    options = SimpleNamespace(exact_rollouts=2)
+    options = SimpleNamespace(exact_rollouts=2, only=None)
     analysis = SimpleNamespace(arguments=options, critic=None, rewards_from=rewards_from)
     episodes = [Episode([1], response_ids=[i, 8], boundaries=[0, 1, 2], reward=i - 5.0) for i in (5, 6)]
     found = gradients.advantages(analysis, episodes)
@@ -318,8 +318,27 @@ def test_ratios_of_second_moments_and_the_tokens_of_a_response_token(tmp_path):
     folder = tmp_path / "gradients"
     values.write(folder / "run-40.json", result)
     gradients.draw(folder)
-    assert "| RLOO | 2.00 ± 0.00 | 0.0 |" in (tmp_path / "gradients.md").read_text()
+    assert "| RLOO | 2.00 ± 0.00 |  |  | 0.0 |" in (tmp_path / "gradients.md").read_text()
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
+
+
+def test_signal_and_noise_of_gradients_that_are_known():
+    """400 gradients of 50 parameters: a mean of length 1 and noise, of RLOO three times as much."""
+    g = torch.Generator().manual_seed(0)
+    mean, batches, products = torch.full((50,), 50**-0.5), [{"estimators": {}} for _ in range(400)], {}
+    for name, variance in (("K=9", 2.0), ("RLOO", 6.0)):
+        samples = mean + torch.randn(400, 50, generator=g) * (variance / 50) ** 0.5
+        blocks = torch.stack([samples[b :: gradients.BLOCKS].sum(0) for b in range(gradients.BLOCKS)])
+        products[name] = (blocks @ blocks.T).tolist()
+        for batch, sample in zip(batches, samples):
+            batch["estimators"][name] = (sample @ sample).item()
+    result = dict(products=products, batches=batches)
+    for name, variance in (("K=9", 2.0), ("RLOO", 6.0)):
+        signal, error = gradients.jackknife(lambda b, name=name: gradients.moments(result, name, b)[0])
+        assert 0 < error < 0.2 and abs(signal - 1) < 3 * error
+        assert gradients.moments(result, name)[1] == pytest.approx(variance, rel=0.1)
+    ratio, error = gradients.noise_ratio(result, "RLOO", "K=9")
+    assert error < 0.2 and abs(ratio - 3) < 3 * error
 
 
 def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, device):
