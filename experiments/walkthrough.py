@@ -1,0 +1,492 @@
+"""One problem, from prompt to gradient, by the project's own functions: writes docs/walkthrough.md.
+
+    python experiments/walkthrough.py                  # needs runs/sft of `make demo`; 20 s on a CPU
+    python experiments/walkthrough.py --links          # only brings the links up to date
+
+Nothing is computed here that the training loop does not compute, but for the columns "by hand". The
+links name the lines of the functions; tests/test_walkthrough.py fails when a function has moved. The
+numbers are the same on each run of one machine.
+"""
+
+import argparse
+import importlib
+import inspect
+import math
+import re
+import statistics
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import support.startup  # noqa: F401 (before torch is imported)
+
+# isort: split
+import torch
+
+import data
+import grader
+import ppo
+import steps
+import train
+import vine
+from baselines.groups import Group, rloo
+from support.ranks import init_distributed, leave
+
+PAGE = ROOT / "docs" / "walkthrough.md"
+PROBLEMS, RESPONSES, SEED = 40, 8, 1  # in which a pair of a right and a wrong response is looked for
+SHOWN = 3  # states whose rollouts are printed; rollouts of each
+TOKENS, SPANNING = (
+    ["So", " the", " radius", " $", "r", "$", " is", " 6", ".\nThe", " square", " has", " side", " 12", "."],
+    8,
+)
+SOLUTION = r"""Let $r$ be the radius of the circle. Since its area is $36\pi$, we have $\pi r^2 = 36\pi$, so $r = 6$.
+The square that surrounds the circle has side
+\begin{align*}
+s &= 2r \\
+&= 12.
+\end{align*}
+Therefore its area is $s^2 = 144$, the area between the two is $144 - 36\pi$, and its perimeter is $4s = 48$.
+The answer is $\boxed{144 - 36\pi}$."""
+
+
+TEXT = """
+# One problem, from prompt to gradient
+
+Made by `python experiments/walkthrough.py` from the demo's SFT policy; every number comes from the functions that
+train.py calls. The task is arithmetic from left to right. The policy was tuned on solutions with slips, so it makes
+them, and RL has to find out which steps they are.
+
+## 1. The prompt
+
+{at[data.encode]} turns the problem into token ids, once; from here on only ids travel. This tokenizer has a token
+for each character; 1 is BOS.
+
+{prompt}
+
+## 2. Two responses
+
+The engine samples them ({at[rollout.sample]}), and {at[grader.set_rewards]} gives the reward R: 1 if the response
+is finished and its final answer is right, else 0. There is no other supervision.
+
+{responses}
+
+## 3. Steps
+
+{at[steps.split_steps]} cuts the text, {at[steps.token_boundaries]} carries the cuts over to the sampled ids: a token
+belongs to the step that holds its first character. Here a line is a step, and the `####` line belongs to the step
+before it. EOS was sampled like any other token and belongs to the last step.
+
+{steps}
+
+## 4. States
+
+The state s_t is the prompt and the first t steps. {at[vine.states_of]} gives each distinct one a record, so what the
+two responses begin with is valued once: {distinct} states for {all_steps} steps.
+
+{tree}
+
+A state is sent to the engine as the ids that were sampled, never as text: tokenized again it might be cut otherwise,
+and its value would be that of another state.
+
+## 5. {K} rollouts from each
+
+{at[vine:Vine.start]} submits a state as soon as its response has ended. Rollouts continue it by the same policy; no
+gradient flows through them. From three of the states, the first few, each after what it continues:
+
+{rollouts}
+
+## 6. Values and advantages
+
+V(s_t) is the mean of the rewards ({at[vine.monte_carlo_value]}), with the standard error sqrt(V (1 - V) / K): no
+network has to learn it, since text can be reset to any of its prefixes. The advantage of step t is what the value did
+during it: A_t = V(s_{{t+1}}) - V(s_t), and R - V(s_t) for the last step ({at[vine.step_advantages]}).
+
+{values}
+
+So the steps of a response share what it did better or worse than expected, R - V(s_0), and a step that changed
+nothing gets nothing. What is left between steps that are alike is the noise of K rollouts.
+
+## 7. Tokens, whitened
+
+Every token of a step gets its A ({at[vine.token_advantages]}). Over all action tokens of the iteration, here {count},
+they are whitened ({at[ppo.whiten]}): less their mean {mean}, divided by their standard deviation {deviation}.
+
+{white}
+
+## 8. The loss of five tokens
+
+One optimizer step was made ({at[ppo:Trainer.update]}), at the demo's learning rate {rate:g}. For the next step on the
+same responses {at[ppo.ppo_loss]} compares the policy with the one that sampled: ratio = exp(log pi - log pi_old). A
+token's part of the policy loss is max(-A ratio, -A clip(ratio, 0.8, 1.2)); the KL to the reference adds
+exp(d) - d - 1 with d = log pi_ref - log pi ({at[ppo.k3]}). The log-probabilities come from one packed pass over both
+responses ({at[model.Policy]}). The five tokens whose probability moved most:
+
+{five}
+
+The same function on these five tokens alone, and the columns taken together:
+
+{five_together}
+
+A clipped token has no gradient: it has gone far enough in the direction of its advantage. One that moved the other
+way is never clipped, so that it can come back.
+
+## 9. Who is blamed
+
+In the wrong response the value falls most at `{fallen}`, and the token of it that the policy was least sure of is
+`{unsure}`. How its log-probability moves in that one optimizer step, and on average those of the response's other
+steps; beside it the same step with RLOO's advantages ({at[baselines.groups:rloo]}: R minus the other's R, for every
+token):
+
+{moves}
+
+That the two are so alike is this task: the policy is so sure of all other tokens that blame does not move them.
+Where many tokens are free, as in language, RLOO pushes at all of them, and that is the noise that step values remove.
+
+## 10. The same cuts in LaTeX
+
+A MATH solution is cut by other rules of {at[steps.split_steps]}: at new lines and at the ends of sentences outside of
+formulas, at the lines of a display, and long pieces near their middle. Fragments join a neighbour. White space begins
+the next step, so that the pieces spell the text.
+
+{latex}
+
+A tokenizer of a language model has tokens that span a cut, like `{spanning}` here; it belongs to the step before
+({at[steps.token_starts]} finds the character at which each begins):
+
+{tokens}
+
+## What was left out
+
+{at[vine:Vine.deal]} moves waiting states to engines with less to do, since an iteration has 64 problems x 8
+responses on many ranks. {at[model.ChunkedLogprobs]} saves the memory of the logits. The loop that calls it all is
+{at[train.train]}.
+"""
+
+
+def shown(text):
+    """Text for one line of a code block."""
+    return text.replace("\n", "⏎") or "(nothing)"
+
+
+def block(lines):
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def table(head, rows):
+    """Lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+# --- the stations ---
+
+
+class Walk:
+    """The engine, the grader and the settings; what is found on the way."""
+
+    def __init__(self, path, device):
+        from rollout import Engine
+        from support.pretrained import load_tokenizer
+
+        options = f"--dataset arithmetic --model {path} --prompts_per_iteration 1 --responses_per_prompt 2"
+        self.s = train.parse_settings([*options.split(), "--minibatch", "2", "--K", "9", "--epochs", "1"])
+        self.tokenizer, self.device = load_tokenizer(self.s), device
+        self.engine = Engine(path, max_sequence=self.s.max_sequence, stop=[])
+        self.grader = grader.Grader()
+        self.engine.seed(SEED)
+
+    def pair(self):
+        """(problem, right response, wrong response) that share a step and part ways at the next or a later one."""
+        from rollout import episodes_for, sample
+
+        problems = data.encode(data.load("arithmetic")[1][:PROBLEMS], self.tokenizer, 100)[0]
+        for problem in problems:
+            episodes = episodes_for([problem], RESPONSES)
+            sample(self.engine, self.grader, episodes, self.s)
+            for e in episodes:
+                found = steps.step_boundaries("paper", e.text, e.response_ids, self.engine.decode)
+                e.boundaries = found
+            for right in (e for e in episodes if e.reward):
+                for wrong in (e for e in episodes if not e.reward and e.finished):
+                    shared = common_steps(right, wrong)
+                    if 1 <= shared <= 2 and 4 <= len(right.boundaries) <= 6:
+                        return problem, right, wrong
+        sys.exit(f"walkthrough.py: no pair of responses among {PROBLEMS} problems: take another SEED")
+
+    def value(self, episodes):
+        """Values and advantages of the two responses, as train.py gets them. Returns the distinct states."""
+        estimator = vine.Vine(self.engine, self.grader, self.s)
+        for e in episodes:
+            estimator.start(e)
+        estimator.finish()
+        states = list(estimator.known.values())
+        estimator.set_advantages(episodes)
+        return states
+
+    def update(self, episodes, whiten):
+        """(old, new, reference log-probabilities), [N] each, of one optimizer step from the SFT policy."""
+        trainer = ppo.Trainer(
+            self.s.model, self.device, learning_rate=self.s.learning_rate, temperature=self.s.temperature,
+            whiten_advantages=whiten, **train.learning(self.s) | dict(total_steps=1),
+        )  # fmt: skip
+        old, reference, _ = trainer.score(episodes)
+        trainer.update(episodes)
+        new, _, _ = trainer.score(episodes)
+        return old, new, reference
+
+
+def common_steps(a, b):
+    """Steps with which two responses begin alike."""
+    count = 0
+    for stop in a.boundaries[1:]:
+        if stop not in b.boundaries or a.response_ids[:stop] != b.response_ids[:stop]:
+            break
+        count += 1
+    return count
+
+
+def common_states(a, b):
+    return sum(x is y for x, y in zip(a.states, b.states))
+
+
+def pieces(e, decode):
+    """The text of each step."""
+    return [decode(e.response_ids[a:b]) for a, b in zip(e.boundaries, e.boundaries[1:])]
+
+
+def tree(right, wrong, decode):
+    """Lines: the states of the two responses, equal ones once."""
+    shared = common_states(right, wrong)
+    lines = ["s_0  the prompt"]
+    texts = pieces(right, decode)
+    for t in range(1, shared):
+        lines.append("     " + "  " * (t - 1) + f"└ {shown(texts[t - 1])}    s_{t}, of both")
+    for e, name, mark in ((right, "right", "├"), (wrong, "wrong", "└")):
+        texts = pieces(e, decode)
+        for t in range(shared, len(e.states)):
+            indent = "     " + "  " * (t - 1)
+            lines.append(f"{indent}{mark if t == shared else '└'} {shown(texts[t - 1])}    s_{t}, {name}")
+    return lines
+
+
+def rule_of(text, cut):
+    """Why split_steps cut a LaTeX text there, read off the text."""
+    before, after = text[:cut].rstrip(), text[cut:]
+    if cut == 0:
+        return "the beginning"
+    if after.startswith("\n"):
+        inside = before.count(r"\begin{") > before.count(r"\end{")
+        return "a line of a display" if inside else "a new line"
+    if before.endswith((".", "!", "?")):
+        return "a sentence ends before a capital letter"
+    return f"the piece was longer than {steps.LONG} characters: cut near its middle, after {before[-1]!r}"
+
+
+def latex():
+    """The section about a LaTeX solution."""
+    cuts = steps.split_steps(SOLUTION)
+    rows = [
+        (t, f"`{shown(SOLUTION[a:b]).replace('|', chr(92) + '|')}`", rule_of(SOLUTION, a))
+        for t, (a, b) in enumerate(zip(cuts, cuts[1:]))
+    ]
+    return table(["step", "text", "why it begins there"], rows)
+
+
+def across_a_cut():
+    """{spanning, tokens} of the page."""
+    text = "".join(TOKENS)
+    cuts, starts = (
+        steps.split_steps(text),
+        steps.token_starts(range(len(TOKENS)), lambda i: "".join(TOKENS[j] for j in i)),
+    )
+    boundaries = steps.token_boundaries(cuts, starts)
+    rows = []
+    for t, ((a, b), (i, j)) in enumerate(zip(zip(cuts, cuts[1:]), zip(boundaries, boundaries[1:]))):
+        rows.append((t, f"`{shown(text[a:b])}`", " ".join(f"`{shown(token)}`" for token in TOKENS[i:j])))
+    return dict(spanning=shown(TOKENS[SPANNING]), tokens=table(["step", "text", "its tokens"], rows))
+
+
+def page(walk):
+    """The text of docs/walkthrough.md."""
+    decode, k = walk.engine.decode, walk.s.K
+    problem, right, wrong = walk.pair()
+    both = {"right": right, "wrong": wrong}
+    states = walk.value([right, wrong])
+    old, new, reference = walk.update([right, wrong], whiten=True)
+    fork = common_states(right, wrong)
+    chosen = {"s_0, of both": right.states[0]}
+    chosen |= {f"s_{fork}, {name}": e.states[fork] for name, e in both.items()}
+    parts = dict(
+        prompt=block([shown(problem.prompt), str(problem.prompt_ids)]),
+        responses="\n".join(
+            block([f"{name}, R = {e.reward:g}, {len(e.response_ids)} tokens", *e.text.split("\n")])
+            for name, e in both.items()
+        ),
+        steps="\n".join(table_of_steps(name, e, decode) for name, e in both.items()),
+        distinct=len(states),
+        all_steps=len(right.states) + len(wrong.states),
+        tree=block(tree(right, wrong, decode)),
+        K=k,
+        rollouts="\n".join(rollouts_of(title, state, decode) for title, state in chosen.items()),
+        values="\n".join(table_of_values(name, e, k, decode) for name, e in both.items()),
+        rate=walk.s.learning_rate,
+        latex=latex(),
+        **across_a_cut(),
+    )
+    parts |= (
+        whitening(both, decode) | five_tokens(both, old, new, reference, decode) | blame(walk, both, old, new)
+    )
+    text = TEXT.format(at=Links(), **parts)
+    return "\n\n".join(wrapped(paragraph) for paragraph in text.strip().split("\n\n")) + "\n"
+
+
+def wrapped(paragraph):
+    """Prose in lines of at most 110 characters; blocks, tables and lists as they are."""
+    if paragraph.startswith(("```", "|", "#", "- ")) or "```" in paragraph:
+        return paragraph
+    return textwrap.fill(" ".join(paragraph.split()), 110, break_long_words=False, break_on_hyphens=False)
+
+
+class Links:
+    """Links()["vine.states_of"]: Markdown, the name with a link to the function's line."""
+
+    def __getitem__(self, name):
+        """name: "module.function", or "module:Class.method"."""
+        module, path = name.split(":") if ":" in name else name.rsplit(".", 1)
+        thing = importlib.import_module(module)
+        for part in path.split("."):
+            thing = getattr(thing, part)
+        file = Path(inspect.getsourcefile(thing)).relative_to(ROOT)
+        return f"[{name.replace(':', '.')}](../{file}#L{inspect.getsourcelines(thing)[1]})"
+
+
+def relinked(text):
+    """A page with the lines of its links as the functions are now."""
+
+    def new(found):
+        module, *path = found[1].split(".")
+        if module == "baselines":
+            module, path = f"{module}.{path[0]}", path[1:]
+        return Links()[f"{module}:{'.'.join(path)}"]
+
+    return re.sub(r"\[([\w.]+)\]\(\.\./[\w/]+\.py#L\d+\)", new, text)
+
+
+def table_of_steps(name, e, decode):
+    last = len(e.states) - 1
+    rows = [
+        (t, f"{a}..{b}", f"`{shown(text)}`" + (" and EOS" if t == last else ""))
+        for t, (a, b, text) in enumerate(zip(e.boundaries, e.boundaries[1:], pieces(e, decode)))
+    ]
+    return table([f"step of the {name} one", "tokens", "text"], rows)
+
+
+def rollouts_of(title, state, decode):
+    lines = [f"{title}: {sum(r.reward for r in state.rollouts):.0f} of {len(state.rollouts)} are right"]
+    for r in state.rollouts[:SHOWN]:
+        lines.append(f"  {'right' if r.reward else 'wrong'}  ..{shown(decode(r.token_ids))}")
+    return block(lines)
+
+
+def table_of_values(name, e, k, decode):
+    values = e.step_values
+    after = [*values[1:], e.reward]
+    rows = [
+        (f"`{shown(text)}`", f"{v:.2f} ± {math.sqrt(v * (1 - v) / k):.2f}", f"{w:.2f}", f"{w - v:+.2f}")
+        for text, v, w in zip(pieces(e, decode), values, after)
+    ]
+    total = f"{sum(w - v for v, w in zip(values, after)):+.2f} = R - V(s_0) = {e.reward:g} - {values[0]:.2f}"
+    return table([f"step of the {name} one", "V before", "V after", "A"], rows) + f"\nTogether {total}.\n"
+
+
+def whitening(both, decode):
+    """{white, count, mean, deviation} of the page."""
+    advantages = torch.tensor([a for e in both.values() for a in e.advantages])
+    white, rows, offset = ppo.whiten(advantages), [], 0
+    mean, deviation = advantages.mean().item(), advantages.std().item()
+    for name, e in both.items():
+        for a, b, text in zip(e.boundaries, e.boundaries[1:], pieces(e, decode)):
+            value, by_function = advantages[offset + a].item(), white[offset + a].item()
+            by_hand = (value - mean) / deviation
+            numbers = f"{value:+.2f}", f"{by_function:+.3f}", f"{by_hand:+.3f}"
+            rows.append((name, f"`{shown(text)}`", b - a, *numbers))
+        offset += len(e.response_ids)
+    head = ["response", "step", "tokens", "A", "whitened", "by hand"]
+    return dict(
+        white=table(head, rows), count=len(advantages), mean=f"{mean:+.3f}", deviation=f"{deviation:.3f}"
+    )
+
+
+def five_tokens(both, old, new, reference, decode):
+    """{five, five_together} of the page."""
+    right, wrong = both.values()
+    n, ids = len(right.response_ids), right.response_ids + wrong.response_ids
+    white = ppo.whiten(torch.tensor(right.advantages + wrong.advantages))
+    five = sorted(torch.topk((new - old).abs(), 5).indices.tolist())
+    rows, by_hand = [], []
+    for i in five:
+        ratio, a = math.exp(new[i].item() - old[i].item()), white[i].item()
+        loss = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
+        d = reference[i].item() - new[i].item()
+        kl, clipped = math.exp(d) - d - 1, loss > -a * ratio
+        by_hand.append((loss, kl, clipped))
+        token = f"{'right' if i < n else 'wrong'} {i % n if i < n else i - n}: `{shown(decode([ids[i]]))}`"
+        numbers = f"{old[i]:.3f}", f"{new[i]:.3f}", f"{ratio:.3f}", f"{a:+.3f}", f"{loss:+.3f}"
+        rows.append((token, *numbers, "yes" if clipped else "", f"{kl:.4f}"))
+    head = ["token", "log pi_old", "log pi", "ratio", "A, whitened", "policy loss", "clipped", "KL"]
+    take = torch.tensor(five)
+    _, metrics = ppo.ppo_loss(new[take], old[take], reference[take], white[take], 1, clip=0.2, kl_coef=1.0)
+    losses, kls, limited = zip(*by_hand)
+    together = [
+        ("mean policy loss", f"{metrics['policy_loss']:+.5f}", f"{statistics.mean(losses):+.5f}"),
+        ("sum of KL", f"{metrics['kl_loss']:.5f}", f"{sum(kls):.5f}"),
+        ("share that is clipped", f"{metrics['clip_fraction']:.2f}", f"{statistics.mean(limited):.2f}"),
+    ]
+    return dict(five=table(head, rows), five_together=table(["", "ppo_loss", "by hand"], together))
+
+
+def blame(walk, both, old, new):
+    """{fallen, unsure, moves} of the page: how the wrong step's token moves, and how with RLOO."""
+    right, wrong = both.values()
+    decode, n = walk.engine.decode, len(right.response_ids)
+    advantages = [wrong.advantages[a] for a in wrong.boundaries[:-1]]
+    step = advantages.index(min(advantages))
+    a, b = wrong.boundaries[step], wrong.boundaries[step + 1]
+    token = a + min(range(b - a), key=lambda i: old[n + a + i].item())
+    others = [n + i for i in range(len(wrong.response_ids)) if not a <= i < b]
+    Group(rloo, 2).set_advantages([right, wrong])
+    old_rloo, new_rloo, _ = walk.update([right, wrong], whiten=False)
+    rows = []
+    for name, before, after in (("VinePPO", old, new), ("RLOO", old_rloo, new_rloo)):
+        moved = after[n + token] - before[n + token]
+        rest = statistics.mean((after[i] - before[i]).item() for i in others)
+        numbers = f"{before[n + token]:.3f}", f"{after[n + token]:.3f}", f"{moved:+.3f}", f"{rest:+.4f}"
+        rows.append((name, *numbers))
+    head = ["advantages", "log pi before", "after", "change", "change of the other steps, mean"]
+    unsure = shown(decode([wrong.response_ids[token]]))
+    return dict(fallen=shown(decode(wrong.response_ids[a:b])), unsure=unsure, moves=table(head, rows))
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", default="runs/sft", help="the SFT policy of `make demo`")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page")
+    parser.add_argument("--links", action="store_true", help="bring the page's links up to date")
+    a = parser.parse_args()
+    if a.links:
+        return a.out.write_text(relinked(a.out.read_text()))
+    if not (Path(a.model) / "config.json").is_file():
+        sys.exit(f"walkthrough.py: there is no model in {a.model}: run `make demo`, or sft.py alone")
+    walk = Walk(a.model, init_distributed())
+    a.out.write_text(page(walk))
+    print(f"wrote {a.out}")
+    walk.grader.close()
+    walk.engine.shutdown()
+    leave()
+
+
+if __name__ == "__main__":
+    main()
