@@ -37,10 +37,22 @@ from support.ranks import init_distributed, leave
 PAGE = ROOT / "docs" / "walkthrough.md"
 PROBLEMS, RESPONSES, SEED = 40, 8, 1  # in which a pair of a right and a wrong response is looked for
 SHOWN = 3  # states whose rollouts are printed; rollouts of each
-TOKENS, SPANNING = (
-    ["So", " the", " radius", " $", "r", "$", " is", " 6", ".\nThe", " square", " has", " side", " 12", "."],
-    8,
-)
+TOKENS = [
+    "So",
+    " the",
+    " radius",
+    " $",
+    "r",
+    "$",
+    " is",
+    " 6",
+    ".\nThe",
+    " square",
+    " has",
+    " side",
+    " 12",
+    ".",
+]
 SOLUTION = r"""Let $r$ be the radius of the circle. Since its area is $36\pi$, we have $\pi r^2 = 36\pi$, so $r = 6$.
 The square that surrounds the circle has side
 \begin{align*}
@@ -297,15 +309,13 @@ def latex():
 def across_a_cut():
     """{spanning, tokens} of the page."""
     text = "".join(TOKENS)
-    cuts, starts = (
-        steps.split_steps(text),
-        steps.token_starts(range(len(TOKENS)), lambda i: "".join(TOKENS[j] for j in i)),
-    )
+    cuts = steps.split_steps(text)
+    starts = steps.token_starts(range(len(TOKENS)), lambda ids: "".join(TOKENS[i] for i in ids))
     boundaries = steps.token_boundaries(cuts, starts)
     rows = []
     for t, ((a, b), (i, j)) in enumerate(zip(zip(cuts, cuts[1:]), zip(boundaries, boundaries[1:]))):
         rows.append((t, f"`{shown(text[a:b])}`", " ".join(f"`{shown(token)}`" for token in TOKENS[i:j])))
-    return dict(spanning=shown(TOKENS[SPANNING]), tokens=table(["step", "text", "its tokens"], rows))
+    return dict(spanning=shown(TOKENS[boundaries[1] - 1]), tokens=table(["step", "text", "its tokens"], rows))
 
 
 def page(walk):
