@@ -1,6 +1,7 @@
 """The memory that a run needs of each GPU, from the model's configuration alone: no weights are read.
 
     python experiments/plan.py --dataset math --gpus 8 [any option of train.py]
+    python experiments/plan.py --dataset math --gpus 2 --gpu_gb 48      # of another size than 80 GB
     python experiments/plan.py --table      # how many GPUs models of some sizes need, as in docs/
 
 It says whether the run fits; the exit code is 1 if it does not. GPUs are counted as 8 to a machine.
@@ -136,11 +137,8 @@ def table():
     return "\n".join(lines)
 
 
-def report(config, s, world, local):
+def report(config, s, world, local, gpu_bytes):
     """(text for the screen, whether it fits). world: GPUs in all; local: those of a machine."""
-    gpu_bytes = GPU_BYTES
-    if torch.cuda.is_available():
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
     ranks = local if s.hybrid_sharding else world
     needs = memory(config, s, ranks, gpu_bytes)
     gpus = f"{world} GPUs of {gpu_bytes / 1e9:.0f} GB"
@@ -158,11 +156,19 @@ def report(config, s, world, local):
 
 
 def parse(argv):
-    """(number of GPUs, train.Settings, model's configuration) of a command line; raises ValueError."""
+    """(number of GPUs, bytes of one, train.Settings, model's configuration) of a command line; raises
+    ValueError.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--gpus", default="", metavar="N", help="number of GPUs")
+    parser.add_argument(
+        "--gpu_gb", type=float, metavar="GB", help="memory of one; default: this one's, or 80"
+    )
     a, rest = parser.parse_known_args(argv)
+    gpu_bytes = GPU_BYTES if a.gpu_gb is None else a.gpu_gb * 1e9
+    if a.gpu_gb is None and torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
     if not (a.gpus.isdecimal() and int(a.gpus)):
         raise ValueError(f"--gpus {a.gpus or 'is missing: it'} must be a number of GPUs, at least 1")
     s = train.parse_settings(rest)
@@ -174,17 +180,17 @@ def parse(argv):
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {s.model} cannot be loaded ({str(error).splitlines()[0]})") from None
     check_supported(s.model, trust_remote_code=s.trust_remote_code)
-    return int(a.gpus), s, config.get_text_config()
+    return int(a.gpus), gpu_bytes, s, config.get_text_config()
 
 
 def main():
     if sys.argv[1:] == ["--table"]:
         return print(table())
     try:
-        gpus, s, config = parse(sys.argv[1:])
+        gpus, gpu_bytes, s, config = parse(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"plan.py: {error}")
-    text, enough = report(config, s, gpus, min(gpus, PER_MACHINE))
+    text, enough = report(config, s, gpus, min(gpus, PER_MACHINE), gpu_bytes)
     print(text)
     sys.exit(not enough)
 

@@ -64,116 +64,134 @@ The answer is $\boxed{144 - 36\pi}$."""
 
 
 TEXT = """
-# One problem, from prompt to gradient
+# One problem, from prompt to update
 
-Made by `python experiments/walkthrough.py` from the demo's SFT policy; every number comes from the functions that
-train.py calls. The task is arithmetic from left to right. The policy was tuned on solutions with slips, so it makes
-them, and RL has to find out which steps they are.
+Made by `python experiments/walkthrough.py` from the policy that `make demo` fine-tunes before RL; every number comes
+from the functions that train.py calls, but for those "by hand", which are recomputed from the formula. The task is
+arithmetic from left to right, without precedence, one line an operation. The policy learned from solutions with slips
+(a forgotten carry), so it slips too. ⏎ is a line end.
 
 ## 1. The prompt
 
 {at[data.encode]} turns the problem into token ids, once; from here on only ids travel. This tokenizer has a token
-for each character; 1 is BOS.
+for each character, and 1 begins every text (BOS).
 
 {prompt}
 
 ## 2. Two responses
 
-The engine samples them ({at[rollout.sample]}), and {at[grader.set_rewards]} gives the reward R: 1 if the response
-is finished and its final answer is right, else 0. There is no other supervision.
+The engine, vLLM, samples responses at temperature 1 ({at[rollout.sample]}). {at[grader.set_rewards]} gives the reward
+R: 1 if a response has ended and its final answer is right, else 0. Nothing else is graded: two slips that cancel each
+other are worth 1. Of eight responses to this problem these two are taken, since they part ways early; in training
+every response goes through what follows.
 
 {responses}
 
 ## 3. Steps
 
-{at[steps.split_steps]} cuts the text, {at[steps.token_boundaries]} carries the cuts over to the sampled ids: a token
-belongs to the step that holds its first character. Here a line is a step, and the `####` line belongs to the step
-before it. EOS was sampled like any other token and belongs to the last step.
+{at[steps.split_steps]} cuts the text; {at[steps.token_boundaries]} carries the cuts over to the sampled ids, where a
+token belongs to the step that holds its first character. Here each line is a step, its line end the step's first
+token, and the `####` line belongs to the step before it, as in the paper. EOS, the token that ends a text, was sampled
+like any other and belongs to the last step. Tokens a..b are a to b - 1.
 
 {steps}
 
 ## 4. States
 
-The state s_t is the prompt and the first t steps. {at[vine.states_of]} gives each distinct one a record, so what the
-two responses begin with is valued once: {distinct} states for {all_steps} steps.
+The state s_t is the prompt and the first t steps. {at[vine.states_of]} gives each distinct one a record, so a common
+beginning is valued once: {distinct} states for {all_steps} steps. The finished text needs no value; R is known.
 
 {tree}
 
-A state is sent to the engine as the ids that were sampled, never as text: tokenized again it might be cut otherwise,
-and its value would be that of another state.
+A state is sent to the engine as the ids that were sampled, not as text. With real tokenizers the text might be split
+into other tokens, and the value would be that of a state that the response never was in.
 
-## 5. {K} rollouts from each
+## 5. K = {K} rollouts from each
 
-{at[vine:Vine.start]} submits a state as soon as its response has ended. Rollouts continue it by the same policy; no
-gradient flows through them. From three of the states, the first few, each after what it continues:
+{at[vine:Vine.start]} submits a state as soon as its response has ended. A rollout continues it by the same policy and
+settings; no gradient flows through it. The first three of the rollouts from three of the states (`..` is the state):
 
 {rollouts}
 
 ## 6. Values and advantages
 
-V(s_t) is the mean of the rewards ({at[vine.monte_carlo_value]}), with the standard error sqrt(V (1 - V) / K): no
-network has to learn it, since text can be reset to any of its prefixes. The advantage of step t is what the value did
-during it: A_t = V(s_{{t+1}}) - V(s_t), and R - V(s_t) for the last step ({at[vine.step_advantages]}).
+V(s_t) is the mean reward of its K rollouts ({at[vine.monte_carlo_value]}): no network has to learn it, since text can
+be reset to any of its prefixes. The advantage of step t is how the value changed in it, A_t = V(s_{{t+1}}) - V(s_t),
+and R - V(s_t) for the last step ({at[vine.step_advantages]}). The standard error of V is sqrt(V (1 - V) / K); that of
+A comes from both. (Where all K agree the formula says 0; 9 of 9 means no more than that V is likely above 0.7.)
 
 {values}
 
-So the steps of a response share what it did better or worse than expected, R - V(s_0), and a step that changed
-nothing gets nothing. What is left between steps that are alike is the noise of K rollouts.
+The A of a response add up to R - V(s_0), what it did better or worse than expected. A measures the chance of a reward,
+not correctness: a line that is right in itself loses value if the policy might have slipped there in a way that
+cancelled an earlier slip. And an A within its error is noise. It averages out over the iterations; more rollouts, or
+averages over the values of several states ({at[vine.targets_and_baselines]}), make it smaller.
 
 ## 7. Tokens, whitened
 
-Every token of a step gets its A ({at[vine.token_advantages]}). Over all action tokens of the iteration, here {count},
-they are whitened ({at[ppo.whiten]}): less their mean {mean}, divided by their standard deviation {deviation}.
+Every token of a step gets its A ({at[vine.token_advantages]}), so a long step weighs more. Then the advantages of all
+sampled tokens of an iteration are whitened ({at[ppo.whiten]}), so that the size of an update depends neither on how
+rare rewards are nor on their scale. Here the iteration is these two responses, {count} tokens: mean {mean}, standard
+deviation (n - 1) {deviation}.
 
 {white}
 
+An A of 0 becomes minus the mean over the deviation, which is small and the same for all.
+
 ## 8. The loss of five tokens
 
-One optimizer step was made ({at[ppo:Trainer.update]}), at the demo's learning rate {rate:g}. For the next step on the
-same responses {at[ppo.ppo_loss]} compares the policy with the one that sampled: ratio = exp(log pi - log pi_old). A
-token's part of the policy loss is max(-A ratio, -A clip(ratio, 0.8, 1.2)); the KL to the reference adds
-exp(d) - d - 1 with d = log pi_ref - log pi ({at[ppo.k3]}). The log-probabilities come from one packed pass over both
-responses ({at[model.Policy]}). The five tokens whose probability moved most:
+pi is the policy that is trained, pi_old the one that sampled, pi_ref the one before RL; here the last two are the
+same. One optimizer step was made ({at[ppo:Trainer.update]}: AdamW, learning rate {rate:g}, whose first step moves every
+weight by about that much). For the next one on the same responses {at[ppo.ppo_loss]} compares pi with pi_old:
+ratio = exp(log pi - log pi_old). A token's part of the policy loss is max(-A ratio, -A clip(ratio, 0.8, 1.2)), and the
+KL to the reference is estimated by exp(d)-d-1 with d = log pi_ref - log pi ({at[ppo.k3]}). Log-probabilities come from
+one pass over all responses, one after the other in a row ({at[model.Policy]}). The five tokens with the largest change
+of log pi, by their place in the response:
 
 {five}
 
-The same function on these five tokens alone, and the columns taken together:
+The policy loss is averaged over tokens, the KL summed over them. The same function on these five tokens alone:
 
 {five_together}
 
-A clipped token has no gradient: it has gone far enough in the direction of its advantage. One that moved the other
-way is never clipped, so that it can come back.
+A clipped token gets no gradient from the policy loss: it has moved beyond the range in the direction of its
+advantage, here in one step, which the clip cannot undo. It only keeps the next steps from going further. A token that
+moved against its advantage is never clipped, so it can come back; the weights are shared, so pushing some tokens moves
+others. Where the two responses part ways their tokens are the alternatives of one state: as one rises the other falls.
 
 ## 9. Who is blamed
 
 In the wrong response the value falls most at `{fallen}`, and the token of it that the policy was least sure of is
-`{unsure}`. How its log-probability moves in that one optimizer step, and on average those of the response's other
-steps; beside it the same step with RLOO's advantages ({at[baselines.groups:rloo]}: R minus the other's R, for every
-token):
+`{unsure}`. RLOO (REINFORCE, leave one out) has no values: every token gets R minus the other response's R, +1 in the
+right one and -1 in the wrong one ({at[baselines.groups:rloo]}). The change of that token's log-probability in one
+optimizer step from the same start, and the mean absolute change over the tokens of the response's other steps:
 
 {moves}
 
-That the two are so alike is this task: the policy is so sure of all other tokens that blame does not move them.
-Where many tokens are free, as in language, RLOO pushes at all of them, and that is the noise that step values remove.
+They are much alike because of this task: the policy is nearly sure of almost all other tokens, so there is little to
+blame wrongly. In language many tokens are free, and RLOO pushes at all of them. How much that is worth is measured by
+the noise of the gradient ([results.md](results.md#the-same-credit-for-fewer-rollouts)), not by this one step.
 
 ## 10. The same cuts in LaTeX
 
-A MATH solution is cut by other rules of {at[steps.split_steps]}: at new lines and at the ends of sentences outside of
-formulas, at the lines of a display, and long pieces near their middle. Fragments join a neighbour. White space begins
-the next step, so that the pieces spell the text.
+A solution with LaTeX, as in the MATH dataset, is cut by other rules of {at[steps.split_steps]}: at line ends, at ends
+of sentences outside of formulas, at the lines of a displayed formula; a piece of more than 100 characters is cut again,
+outside of formulas if a comma, "and", ":" or "to" leaves enough on both sides, else after "=" inside of one. A piece
+that would be too short joins its neighbour (`\\begin{{align*}}` is no step). White space begins the next step.
 
 {latex}
 
-A tokenizer of a language model has tokens that span a cut, like `{spanning}` here; it belongs to the step before
-({at[steps.token_starts]} finds the character at which each begins):
+The tokens of a language model may span a cut, as `{spanning}` does in this made-up example. It belongs to the step
+before, whose text is then one word longer for the engine than for the reader ({at[steps.token_starts]} finds the
+character at which each token begins):
 
 {tokens}
 
 ## What was left out
 
-{at[vine:Vine.deal]} moves waiting states to engines with less to do, since an iteration has 64 problems x 8
-responses on many ranks. {at[model.ChunkedLogprobs]} saves the memory of the logits. The loop that calls it all is
-{at[train.train]}.
+An iteration has 64 problems x 8 responses on several GPUs: {at[vine:Vine.deal]} moves waiting states to the engines
+with less to do, and {at[model.ChunkedLogprobs]} makes log-probabilities without holding the logits of all tokens. The
+loop that calls it all is {at[train.train]}.
 """
 
 
@@ -274,12 +292,16 @@ def tree(right, wrong, decode):
     lines = ["s_0  the prompt"]
     texts = pieces(right, decode)
     for t in range(1, shared):
-        lines.append("     " + "  " * (t - 1) + f"└ {shown(texts[t - 1])}    s_{t}, of both")
+        lines.append("     " + "  " * (t - 1) + f"└ {shown(texts[t - 1])}    s_{t} of both")
     for e, name, mark in ((right, "right", "├"), (wrong, "wrong", "└")):
         texts = pieces(e, decode)
         for t in range(shared, len(e.states)):
             indent = "     " + "  " * (t - 1)
-            lines.append(f"{indent}{mark if t == shared else '└'} {shown(texts[t - 1])}    s_{t}, {name}")
+            if name == "right" and t > shared:  # a bar down to the other branch
+                indent = "     " + "  " * (shared - 1) + "│ " + "  " * (t - shared - 1)
+            lines.append(
+                f"{indent}{mark if t == shared else '└'} {shown(texts[t - 1])}    s_{t} of the {name} one"
+            )
     return lines
 
 
@@ -293,7 +315,7 @@ def rule_of(text, cut):
         return "a line of a display" if inside else "a new line"
     if before.endswith((".", "!", "?")):
         return "a sentence ends before a capital letter"
-    return f"the piece was longer than {steps.LONG} characters: cut near its middle, after {before[-1]!r}"
+    return f"the piece before it was longer than {steps.LONG} characters: cut after {before[-1]!r}"
 
 
 def latex():
@@ -326,8 +348,8 @@ def page(walk):
     states = walk.value([right, wrong])
     old, new, reference = walk.update([right, wrong], whiten=True)
     fork = common_states(right, wrong)
-    chosen = {"s_0, of both": right.states[0]}
-    chosen |= {f"s_{fork}, {name}": e.states[fork] for name, e in both.items()}
+    chosen = {"s_0": right.states[0]}
+    chosen |= {f"s_{fork} of the {name} response": e.states[fork] for name, e in both.items()}
     parts = dict(
         prompt=block([shown(problem.prompt), str(problem.prompt_ids)]),
         responses="\n".join(
@@ -394,20 +416,25 @@ def table_of_steps(name, e, decode):
 
 
 def rollouts_of(title, state, decode):
-    lines = [f"{title}: {sum(r.reward for r in state.rollouts):.0f} of {len(state.rollouts)} are right"]
+    lines = [
+        f"{title}: {sum(r.reward for r in state.rollouts):.0f} of its {len(state.rollouts)} rollouts are right"
+    ]
     for r in state.rollouts[:SHOWN]:
         lines.append(f"  {'right' if r.reward else 'wrong'}  ..{shown(decode(r.token_ids))}")
     return block(lines)
 
 
 def table_of_values(name, e, k, decode):
-    values = e.step_values
-    after = [*values[1:], e.reward]
-    rows = [
-        (f"`{shown(text)}`", f"{v:.2f} ± {math.sqrt(v * (1 - v) / k):.2f}", f"{w:.2f}", f"{w - v:+.2f}")
-        for text, v, w in zip(pieces(e, decode), values, after)
-    ]
-    total = f"{sum(w - v for v, w in zip(values, after)):+.2f} = R - V(s_0) = {e.reward:g} - {values[0]:.2f}"
+    right = [round(v * k) for v in e.step_values]  # of K
+    variances = [v * (1 - v) / k for v in e.step_values] + [0.0]
+    after, rows = [*right[1:], round(e.reward * k)], []
+    for t, text in enumerate(pieces(e, decode)):
+        last = t == len(right) - 1
+        error = math.sqrt(variances[t] + variances[t + 1])
+        ends = f"R = {e.reward:g}" if last else f"{after[t]}/{k}"
+        advantage = f"{after[t] - right[t]:+d}/{k} = {(after[t] - right[t]) / k:+.2f} ± {error:.2f}"
+        rows.append((f"`{shown(text)}`", f"{right[t]}/{k}", ends, advantage))
+    total = f"{after[-1] - right[0]:+d}/{k} = R - V(s_0) = {e.reward:g} - {right[0]}/{k}"
     return table([f"step of the {name} one", "V before", "V after", "A"], rows) + f"\nTogether {total}.\n"
 
 
@@ -420,12 +447,12 @@ def whitening(both, decode):
         for a, b, text in zip(e.boundaries, e.boundaries[1:], pieces(e, decode)):
             value, by_function = advantages[offset + a].item(), white[offset + a].item()
             by_hand = (value - mean) / deviation
-            numbers = f"{value:+.2f}", f"{by_function:+.3f}", f"{by_hand:+.3f}"
+            numbers = f"{value:+.4f}", f"{by_function:+.4f}", f"{by_hand:+.4f}"
             rows.append((name, f"`{shown(text)}`", b - a, *numbers))
         offset += len(e.response_ids)
     head = ["response", "step", "tokens", "A", "whitened", "by hand"]
     return dict(
-        white=table(head, rows), count=len(advantages), mean=f"{mean:+.3f}", deviation=f"{deviation:.3f}"
+        white=table(head, rows), count=len(advantages), mean=f"{mean:+.5f}", deviation=f"{deviation:.5f}"
     )
 
 
@@ -471,10 +498,10 @@ def blame(walk, both, old, new):
     rows = []
     for name, before, after in (("VinePPO", old, new), ("RLOO", old_rloo, new_rloo)):
         moved = after[n + token] - before[n + token]
-        rest = statistics.mean((after[i] - before[i]).item() for i in others)
-        numbers = f"{before[n + token]:.3f}", f"{after[n + token]:.3f}", f"{moved:+.3f}", f"{rest:+.4f}"
+        rest = statistics.mean(abs(after[i] - before[i]).item() for i in others)
+        numbers = f"{before[n + token]:.3f}", f"{after[n + token]:.3f}", f"{moved:+.3f}", f"{rest:.4f}"
         rows.append((name, *numbers))
-    head = ["advantages", "log pi before", "after", "change", "change of the other steps, mean"]
+    head = ["advantages", "log pi before", "after", "change", "other steps, mean absolute change"]
     unsure = shown(decode([wrong.response_ids[token]]))
     return dict(fallen=shown(decode(wrong.response_ids[a:b])), unsure=unsure, moves=table(head, rows))
 

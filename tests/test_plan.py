@@ -1,9 +1,10 @@
 """The plan against what FSDP2 does with the two models of the paper on eight ranks."""
 
+import re
 import sys
 
 import pytest
-from conftest import python
+from conftest import ROOT, python
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import train
@@ -64,6 +65,36 @@ def test_the_papers_models_fit_eight_gpus_and_the_program_says_so(name, gpus, fi
 def test_bad_input_gets_one_line(options, message, main_of):
     code, _, line = main_of(plan, "--dataset", "math", *options)
     assert code == 1 and line.startswith(f"plan.py: {message}") and "\n" not in line
+
+
+HEAD = r"^## [^\n]*: (\d+) GPUs? of (\d+) GB\n\n(?:[^\n ].*\n\n)?"
+RECIPE = re.compile(HEAD + r"((?:    .*\n)+)\n([\d.]+) GB while training, ([\d.]+) GB while", re.M)
+RECIPES = RECIPE.findall((ROOT / "docs" / "recipes.md").read_text())
+SHAPES = {  # of the models in the recipes
+    "realtreetune/rho-1b-sft-MATH": LlamaConfig(**SIZES["rho"]),
+    "realtreetune/deepseekmath-7b-sft-MATH-v2": LlamaConfig(**SIZES["deepseekmath"]),
+    "Qwen/Qwen2.5-0.5B-Instruct": plan.SIZES["0.5B"],
+    "Qwen/Qwen2.5-1.5B-Instruct": plan.SIZES["1.5B"],
+}
+
+
+@pytest.mark.parametrize("gpus, gigabytes, command, training, sampling", RECIPES)
+def test_a_recipe_is_accepted_and_fits_as_it_says(gpus, gigabytes, command, training, sampling):
+    words = command.replace("\\\n", " ").split()
+    s = train.parse_settings(words[words.index("train.py") + 1 :])
+    gpus, gpu_bytes = int(gpus), float(gigabytes) * 1e9
+    train.check(s, gpus)
+    machine = int(next((w.split("=")[1] for w in words if w.startswith("--nproc_per_node=")), 1))
+    assert gpus == machine * (2 if "--nnodes" in words else 1)
+    config, ranks = SHAPES[s.model], machine if s.hybrid_sharding else gpus
+    needs = plan.memory(config, s, ranks, gpu_bytes)
+    assert plan.fits(needs, plan.kv_tokens(config, s, gpu_bytes), s, gpu_bytes)
+    found = [sum(needs[phase].values()) / 1e9 for phase in ("training", "sampling")]
+    assert found == [pytest.approx(float(told), abs=0.06) for told in (training, sampling)]
+
+
+def test_there_are_six_recipes():
+    assert len(RECIPES) == 6
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), OPTConfig(ffn_dim=2048)])

@@ -28,10 +28,11 @@ def test_the_text_of_the_page_is_that_of_the_program():
 
 
 def test_the_values_of_the_page_make_its_advantages():
-    rows = re.findall(r"\| (\d\.\d\d) ± \d\.\d\d \| (\d\.\d\d) \| ([-+]\d\.\d\d) \|", PAGE)
+    rows = re.findall(r"\| (\d)/9 \| (?:(\d)/9|R = (\d)) \| ([-+]\d)/9 = ([-+]\d\.\d\d) ± ", PAGE)
     assert len(rows) > 6
-    for before, after, advantage in rows:
-        assert float(after) - float(before) == pytest.approx(float(advantage), abs=0.011)
+    for before, after, reward, ninths, advantage in rows:
+        assert int(after or 9 * int(reward)) - int(before) == int(ninths)
+        assert float(advantage) == pytest.approx(int(ninths) / 9, abs=0.0051)
     for ours, hand in re.findall(r"\| ([-+]?\d\.\d{5}) \| ([-+]?\d\.\d{5}) \|", PAGE):
         assert float(ours) == pytest.approx(float(hand), abs=2e-5)
 
@@ -54,7 +55,7 @@ def test_equal_states_are_one_in_the_tree():
     )
     lines = walkthrough.tree(right, wrong, lambda ids: "".join(texts[i] for i in ids))
     assert [line.split() for line in lines[1:]] == [
-        ["└", "a", "s_1,", "of", "both"],
-        ["├", "b", "s_2,", "right"],
-        ["└", "x", "s_2,", "wrong"],
+        ["└", "a", "s_1", "of", "both"],
+        ["├", "b", "s_2", "of", "the", "right", "one"],
+        ["└", "x", "s_2", "of", "the", "wrong", "one"],
     ]
