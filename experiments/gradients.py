@@ -20,7 +20,8 @@ signal is the same for all of them. Nearly: where a step ends may depend on what
     RLOO                     no values
     value network            of a PPO run's checkpoint; other runs have none
 
-Tokens are those of the rollouts that an estimator needs. --only "K=9" "RLOO" measures these alone,
+Tokens are those of the rollouts that an estimator needs. At the end it says whether their noise is worth
+their time, by the run's own clock (docs/when-it-pays.md). --only "K=9" "RLOO" measures these alone,
 which a large model's memory may ask for: BLOCKS gradients of each stay in host memory. It writes
 experiments/results/gradients/NAME.json for each checkpoint; the picture and the tables are made from
 these files alone. Steps are the paper's, whatever --step_credit the run had.
@@ -46,7 +47,9 @@ from experiments import values
 RESULTS = ROOT / "experiments" / "results" / "gradients"
 PROMPTS, RESPONSES = 4, 4  # of a batch; prompts: or a multiple of the ranks
 FEW, MOST = 2, 9  # rollouts of adaptive K
+PAYING = ("K=9", "K=3, l=m=0.5", "K=2, l=m=0.5")  # asked whether they pay by the clock
 EXACT = {"K=2..9", "K=2..9, l=m=0.5", "exact values"}  # what needs the exact values' rollouts
+TIMED = ("tokens_sample", "tokens_values", "seconds_sample", "seconds_values", "seconds_train")
 BLOCKS = 10  # of batches, for the jackknife
 ESTIMATORS = {  # name: (K, lambda, smoothing, shared)
     "K=9": (9, 0.0, 0.0, False),
@@ -201,6 +204,18 @@ def squared_gradient(policy, episodes, advantages, temperature, device):
     return torch.nn.utils.clip_grad_norm_(policy.parameters(), float("inf")).full_tensor().item() ** 2
 
 
+def seconds_per_token(path):
+    """{sampling: seconds per sampled token, training: per token of a response}, of the run's metrics."""
+    run = path if (path / "metrics.jsonl").is_file() else path.parent.parent
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    total = {name: sum(line.get(name, 0) for line in lines) for name in TIMED}
+    sampled = total["tokens_sample"] + total["tokens_values"]
+    seconds = total["seconds_sample"] + total["seconds_values"]
+    if not sampled:
+        return {}
+    return dict(sampling=seconds / sampled, training=total["seconds_train"] / total["tokens_sample"])
+
+
 def measure(a, device, watch):
     """Write the results of each of the checkpoints. a: the program's arguments."""
     import torch.distributed as dist
@@ -212,6 +227,7 @@ def measure(a, device, watch):
             responses = -(-PROMPTS // dist.get_world_size()) * dist.get_world_size() * RESPONSES
             measured = dict(checkpoint=str(path), responses=responses)
             measured |= {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
+            measured |= seconds_per_token(path)
             result = dict(measured=measured, settings=asdict(analysis.s), products=products, batches=found)
             values.write(a.results / f"{name}.json", result)
             print(f"{name}: {len(found)} batches", flush=True)
@@ -261,6 +277,28 @@ def noise_ratio(result, above, below):
     return jackknife(lambda b: moments(result, above, b)[1] / moments(result, below, b)[1])
 
 
+def more_responses(measured, tokens):
+    """How many times more responses RLOO trains on in the time that one takes with values of so many
+    tokens per response token. docs/when-it-pays.md derives it.
+    """
+    sampling, training = measured["sampling"], measured["training"]
+    return (sampling * (1 + tokens) + training) / (sampling + training)
+
+
+def verdict(result, name):
+    """Does an estimator pay, by the run's own clock? A sentence."""
+    measured, (*_, tokens) = result["measured"], rows_of(result)[name]
+    ratio, error = noise_ratio(result, "RLOO", name)
+    more = more_responses(measured, tokens)
+    says = "cannot be told apart"
+    if abs(ratio - more) > 2 * error:
+        says = "pays" if ratio > more else "does not pay"
+    clock = f"{measured['sampling'] * 1e6:.3g} us a sampled and {measured['training'] * 1e6:.3g} us a trained token"
+    costs = f"{tokens:.1f} value tokens per response token, {clock}"
+    noise = f"RLOO has {ratio:.2f} ± {error:.2f} times its noise at the same responses"
+    return f"{name}: {noise}, and trains on {more:.2f} times as many in its time ({costs}): by the clock it {says}."
+
+
 def rows_of(result):
     """{estimator: (E|g|^2 over that of K = 9, its standard error, value tokens per response token)}."""
     found, rng = result["batches"], random.Random(0)
@@ -291,6 +329,9 @@ def table(name, result):
             signal, signal_error = jackknife(lambda b, e=estimator: moments(result, e, b)[0])
             cells[1:] = f"{noise:.2f} ± {noise_error:.2f}", f"{signal:.3g} ± {signal_error:.2g}"
         lines.append(f"| {estimator} | {' | '.join(cells)} | {tokens:.1f} |")
+    if "products" in result and "sampling" in result["measured"]:
+        paying = [e for e in PAYING if e in found[0]["estimators"]]
+        lines += ["", *(f"- {verdict(result, estimator)}" for estimator in paying)]
     return [*lines, ""]
 
 
@@ -322,7 +363,7 @@ def draw_one(axis, name, result):
             continue
         colour = GROUPS[group_of(estimator)]
         axis.errorbar(tokens, ratio, error, marker="o", markersize=4, color=colour, capsize=2)
-        text = estimator.replace(", shared", "")
+        text = estimator.split(",")[0]  # the colour tells the rest
         axis.annotate(
             text, (tokens, ratio), xytext=(4, 3), textcoords="offset points", fontsize=6, color=colour
         )

@@ -339,6 +339,29 @@ def test_signal_and_noise_of_gradients_that_are_known():
         assert gradients.moments(result, name)[1] == pytest.approx(variance, rel=0.1)
     ratio, error = gradients.noise_ratio(result, "RLOO", "K=9")
     assert error < 0.2 and abs(ratio - 3) < 3 * error
+    for batch in batches:
+        batch |= dict(tokens={"K=9": 100, "RLOO": 0}, response_tokens=10)
+    # 10 value tokens to a response token: (11 sampling + training) / (sampling + training) more responses
+    for training, more, says in (
+        (9.0, 2.0, "pays"),
+        (0.25, 9.0, "does not pay"),
+        (4.0, 3.0, "cannot be told apart"),
+    ):
+        result["measured"] = dict(sampling=1.0, training=training)
+        assert gradients.more_responses(result["measured"], 10.0) == pytest.approx(more)
+        assert gradients.verdict(result, "K=9").endswith(f"by the clock it {says}.")
+
+
+def test_seconds_per_token_are_the_runs(tmp_path):
+    lines = [
+        dict(iteration=0, accuracy=0.5),
+        dict(tokens_sample=10, tokens_values=90, seconds_sample=1.0, seconds_values=4.0, seconds_train=2.0),
+        dict(tokens_sample=10, tokens_values=90, seconds_sample=1.0, seconds_values=4.0, seconds_train=2.0),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = dict(sampling=10 / 200, training=4 / 20)
+    for path in (tmp_path, tmp_path / "checkpoints" / "2"):
+        assert gradients.seconds_per_token(path) == pytest.approx(expected)
 
 
 def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, device):
