@@ -104,11 +104,9 @@ class Episode:
                 wrong = [r for r in rollouts if not r.reward]
                 step |= dict(value=self.step_values[t], right=len(right), K=len(rollouts))
                 step["rollout_tokens"] = [len(r.token_ids) for r in rollouts]
-                made_of, plain = (
-                    (self.step_targets[t], self.step_baselines[t]),
-                    [*self.step_values, self.reward],
-                )
-                if None not in plain[t : t + 2] and made_of != tuple(plain[t : t + 2]):
+                after = [*self.step_values, self.reward][t + 1]
+                made_of = self.step_targets[t], self.step_baselines[t]
+                if self.states[t] and made_of != (after, self.step_values[t]):
                     step |= dict(zip(("target", "baseline"), made_of))
                 few = right[:shown] + wrong[:shown]
                 step["rollouts"] = [(r.reward, r.text[starts[a] :]) for r in few]

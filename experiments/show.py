@@ -3,6 +3,7 @@
     python experiments/show.py runs/demo               # the last stored one, in runs/demo/show.html
     python experiments/show.py runs/demo --iteration 20 --out page.html
     python experiments/show.py runs/demo --text [N]    # prints solution N (default 0)
+    python experiments/show.py runs/demo --picture credit.png       # the largest drop, as in README
 
 It shows what train.py stores in RUN/episodes every --store_every iterations (Episode.as_dict).
 PPO's values are those of its value network; GRPO and RLOO have none; the advantages are shown per
@@ -100,8 +101,8 @@ article { border: 1px solid var(--line); border-radius: .4rem; margin: 1rem 0; p
   <option value="all">all</option><option value="1">right</option><option value="0">wrong</option>
  </select></label>
  <label>Order <select id="order">
-  <option value="file">as sampled</option>
   <option value="drop">largest drop first (lowest advantage)</option>
+  <option value="file">as sampled</option>
   <option value="rise">largest rise first</option>
  </select></label>
  <span id="count"></span>
@@ -217,12 +218,46 @@ def as_page(title, solutions):
     return PAGE.replace("DATA", content, 1)
 
 
+# --- as a picture ---
+
+
+def draw(solution, path):
+    """The steps of one solution, shaded by their advantages, with the value before each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = solution["steps"]
+    largest = max(abs(step["advantage"]) for step in steps) or 1.0
+    figure, axis = plt.subplots(figsize=(4.6, 0.3 * (len(steps) + 2.4)), layout="constrained")
+    axis.set(xlim=(0, 10), ylim=(len(steps) + 0.7, -1.3))
+    axis.axis("off")
+    axis.text(0.1, -0.8, printable(solution["prompt"]), family="monospace", weight="bold", va="center")
+    for x, head in ((6.9, "value"), (8.4, "advantage")):
+        axis.text(x, -0.8, head, fontsize=8, va="center", color="#666666")
+    for row, step in enumerate(steps):
+        colour = "#0072b2" if step["advantage"] > 0 else "#d55e00"
+        shade = 0.6 * abs(step["advantage"]) / largest
+        axis.axhspan(row - 0.42, row + 0.42, 0, 1, facecolor=colour, alpha=shade, linewidth=0)
+        axis.text(0.1, row, printable(step["text"]), family="monospace", va="center")
+        if step["value"] is not None:
+            axis.text(6.9, row, f"{step['value']:.2f}", va="center")
+        axis.text(8.4, row, f"{step['advantage']:+.2f}", va="center")
+    verdict = "right" if solution["reward"] else f"wrong: it is {printable(solution['answer'])}"
+    axis.text(0.1, len(steps) + 0.2, verdict, fontsize=9, color="#666666", va="center")
+    figure.savefig(path, dpi=130, facecolor="white")
+    plt.close(figure)
+
+
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("run", type=Path, help="a folder that train.py wrote")
     parser.add_argument("--iteration", type=int, help="which stored iteration; default: the last")
     parser.add_argument("--out", type=Path, help="the page; default RUN/show.html")
+    picture = "draw the wrong solution with the largest drop instead"
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
     text = "print solution N (default 0) instead"
     parser.add_argument("--text", type=int, nargs="?", const=0, metavar="N", help=text)
     a = parser.parse_args()
@@ -240,6 +275,12 @@ def main():
             sys.exit(f"show.py: --text {a.text}: the iteration has the solutions 0 to {len(solutions) - 1}")
         print(as_text(solutions[a.text]))
         return
+    if a.picture:
+        wrong = [s for s in solutions if not s["reward"] and s["finished"]]
+        if not wrong:
+            sys.exit(f"show.py: iteration {iteration} has no wrong solution to draw")
+        draw(min(wrong, key=lambda s: min(step["advantage"] for step in s["steps"])), a.picture)
+        return print(f"wrote {a.picture}")
     out = a.out or a.run / "show.html"
     out.write_text(as_page(f"{a.run.resolve().name}, iteration {iteration}", solutions), encoding="utf-8")
     print(f"wrote {out}: {len(solutions)} solutions of iteration {iteration}")

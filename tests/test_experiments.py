@@ -176,6 +176,11 @@ def test_show(tmp_path, main_of):
     _, output, _ = main_of(show, run, "--out", tmp_path / "page.html")
     assert "3 solutions of iteration 20" in output
     assert "run, iteration 20" in (tmp_path / "page.html").read_text()
+    assert_one_line(main_of(show, run, "--picture", tmp_path / "credit.png"), "has no wrong solution to draw")
+    drop = solution() | dict(reward=0.0, finished=True)
+    write_solutions(run / "episodes" / "000021.jsonl.gz", [drop])
+    assert main_of(show, run, "--picture", tmp_path / "credit.png")[0] == 0
+    assert (tmp_path / "credit.png").stat().st_size > 5_000
 
 
 def test_plot(tmp_path, main_of):
