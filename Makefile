@@ -33,10 +33,16 @@ $(VENV)/installed: requirements.txt tests/requirements.txt
 endif
 
 demo: install
-	rm -rf runs/sft runs/demo
-	$(TORCHRUN) sft.py --dataset arithmetic --out runs/sft
-	$(TORCHRUN) train.py --dataset arithmetic --model runs/sft --run_dir runs/demo
-	$(VENV)/bin/python experiments/plot.py runs/demo
+	@rm -rf runs/sft runs/demo
+	@echo "1 of 3: tune a tiny policy on solutions with slips (about 2 minutes on two cores)"
+	@$(TORCHRUN) sft.py --dataset arithmetic --out runs/sft
+	@echo "2 of 3: train it with VinePPO: sample responses, value their steps by rollouts, update (about 3 minutes)"
+	@$(TORCHRUN) train.py --dataset arithmetic --model runs/sft --run_dir runs/demo
+	@echo "3 of 3: draw the curve, and the solutions with the credit of their steps"
+	@$(VENV)/bin/python experiments/plot.py runs/demo
+	@$(VENV)/bin/python experiments/show.py runs/demo
+	@echo "Open runs/demo/show.html in a browser: where did wrong solutions go wrong?"
+	@echo "Your own problems: $(VENV)/bin/python train.py --dataset mine.jsonl --model MODEL --chat (docs/recipes.md)"
 
 # always on two ranks: the comparison's results go together only if they began from one and the same policy
 runs/compare/sft/model.safetensors: | install

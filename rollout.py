@@ -9,6 +9,7 @@ the Engine, then the trainer's networks.
 """
 
 import copy
+import logging
 import os
 import warnings
 from collections import deque
@@ -23,6 +24,7 @@ import torch.distributed as dist
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
 loud = torch.cuda.is_available() and os.environ.get("RANK", "0") == "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if loud else "ERROR")
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # while it is imported
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
 # vLLM's own sampling kernels (Triton): FlashInfer's are compiled with ninja and nvcc, or the start fails

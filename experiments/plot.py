@@ -143,7 +143,11 @@ def main():
         run.label, run.style = label, dict(color=COLOURS[i % len(COLOURS)], linestyle=line)
     out = a.out or a.runs[0] / "curves.png"
     picture(runs).savefig(out, dpi=110)
-    print(f"wrote {out}" + "".join(f"\n  {folder}: {run.label}" for folder, run in zip(a.runs, runs)))
+    print(f"wrote {out}")
+    for folder, run in zip(a.runs, runs):
+        accuracies = [line["accuracy"] for line in run.lines if "accuracy" in line]
+        told = f"accuracy {accuracies[0]:.3f} before, {accuracies[-1]:.3f} after; " if accuracies else ""
+        print(f"  {folder}: {told}{run.label}")
 
 
 if __name__ == "__main__":
