@@ -63,7 +63,7 @@ class Settings:
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
     step_credit: str = setting("paper", "vineppo: paper, newline, sentence, tokens:N, cutpoints:N")
-    baseline_smoothing: float = setting(0.0, "vineppo: share of earlier values in it", min=0, max=1)
+    baseline_smoothing: float = setting(0.0, "vineppo: earlier values' share in baselines", min=0, max=1)
     share_responses: bool = setting(False, "vineppo: other responses as rollouts in baselines")
     max_valued_steps: int | None = setting(None, "vineppo: value the first N states alone", min=1)
     gae_lambda: float | None = setting(None, "lambda of GAE; None: vineppo 0, ppo 1", min=0, max=1)
