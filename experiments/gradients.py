@@ -27,10 +27,8 @@ experiments/results/gradients/NAME.json for each checkpoint; the picture and the
 these files alone. Steps are the paper's, whatever --step_credit the run had.
 """
 
-import argparse
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -399,43 +397,25 @@ def draw(folder):
 # --- the program ---
 
 
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    folders = "RUN/checkpoints/N folders that train.py wrote, or RUN"
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=folders)
-    size = "of 4 problems (or the next multiple of the ranks) x 4 responses"
-    add("--batches", type=int, default=100, help=size)
-    add("--only", nargs="+", metavar="ESTIMATOR", help="measure these, with K=9, instead of all")
-    add("--exact_rollouts", type=int, default=24, help="rollouts per state for exact values")
-    add("--seed", type=int, default=0, help="of the sampling")
-    results = "folder of the results; the picture and the tables go beside it"
-    add("--results", type=Path, default=RESULTS, help=results)
-    add("--draw", action="store_true", help="picture and tables from the results that are there")
-    a = parser.parse_args()
-    if a.draw:
-        return draw(a.results)
-    from support.ranks import check_gpus, init_distributed, leave, refuse
-    from support.watch import Watch
+def check(a):
+    """Raise ValueError for arguments that cannot work, before anything is loaded."""
+    if a.batches < BLOCKS or a.exact_rollouts < 2:
+        raise ValueError(f"--batches must be at least {BLOCKS} and --exact_rollouts at least 2")
+    known = [*ESTIMATORS, "RLOO", "value network"]
+    a.only = a.only and ["K=9", *a.only]
+    if unknown := [name for name in a.only or () if name not in known]:
+        raise ValueError(f"--only {unknown[0]} is not known: use {', '.join(known)}")
 
-    try:
-        check_gpus()
-        values.check_checkpoints(a.checkpoints)
-        if a.batches < BLOCKS or a.exact_rollouts < 2:
-            raise ValueError(f"--batches must be at least {BLOCKS} and --exact_rollouts at least 2")
-        known = [*ESTIMATORS, "RLOO", "value network"]
-        a.only = a.only and ["K=9", *a.only]
-        if unknown := [name for name in a.only or () if name not in known]:
-            raise ValueError(f"--only {unknown[0]} is not known: use {', '.join(known)}")
-    except ValueError as error:
-        refuse(f"gradients.py: {error}")
-    device = init_distributed()
-    with Watch() as watch:
-        measure(a, device, watch)
-    if os.environ["RANK"] == "0":
-        draw(a.results)
-    leave()
+
+def main():
+    parser = values.arguments(__doc__, RESULTS)
+    size = "of 4 problems (or the next multiple of the ranks) x 4 responses"
+    parser.add_argument("--batches", type=int, default=100, help=size)
+    only = "measure these, with K=9, instead of all"
+    parser.add_argument("--only", nargs="+", metavar="ESTIMATOR", help=only)
+    exact = "rollouts per state for exact values"
+    parser.add_argument("--exact_rollouts", type=int, default=24, help=exact)
+    values.run("gradients", parser.parse_args(), check, measure, draw)
 
 
 if __name__ == "__main__":

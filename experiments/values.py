@@ -517,30 +517,27 @@ def check_checkpoints(paths):
 
 def check(a):
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
-    check_checkpoints(a.checkpoints)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if min(a.problems, a.ranked) < world or a.truth_rollouts < 2:
         least = "at least 2 truth rollouts, and as many problems and ranked as there are ranks"
         raise ValueError(f"too few to measure anything: {least}")
 
 
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def arguments(doc, results):
+    """A parser with what gradients.py takes, too."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    folders = "RUN/checkpoints/N folders that train.py wrote"
+    folders = "RUN/checkpoints/N folders that train.py wrote, or RUN for the policy that it began from"
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=folders)
-    add("--truth_rollouts", type=int, default=256, help="rollouts per state for the ground truth")
-    add("--problems", type=int, default=20, help="held-out problems, one solution of each")
-    ranked = "states, of as many other problems, whose next steps are ranked"
-    add("--ranked", type=int, default=20, help=ranked)
-    temperature = "at which they are sampled; default: the training's, where few may differ"
-    add("--next_step_temperature", type=float, help=temperature)
     add("--seed", type=int, default=0, help="of the sampling")
-    results = "folder of the results; the pictures and the table go beside it"
-    add("--results", type=Path, default=RESULTS, help=results)
+    beside = "folder of the results; the pictures and the tables go beside it"
+    add("--results", type=Path, default=results, help=beside)
     add("--draw", action="store_true", help="pictures and tables from the results that are there")
-    a = parser.parse_args()
+    return parser
+
+
+def run(name, a, check, measure, draw):
+    """A program that measures checkpoints: check(a) or one line, measure(a, device, watch), draw(folder)."""
     if a.draw:
         return draw(a.results)
     from support.ranks import check_gpus, init_distributed, leave, refuse
@@ -548,15 +545,28 @@ def main():
 
     try:
         check_gpus()
+        check_checkpoints(a.checkpoints)
         check(a)
     except ValueError as error:
-        refuse(f"values.py: {error}")
+        refuse(f"{name}.py: {error}")
     device = init_distributed()
     with Watch() as watch:
         measure(a, device, watch)
     if os.environ["RANK"] == "0":
         draw(a.results)
     leave()
+
+
+def main():
+    parser = arguments(__doc__, RESULTS)
+    add = parser.add_argument
+    add("--truth_rollouts", type=int, default=256, help="rollouts per state for the ground truth")
+    add("--problems", type=int, default=20, help="held-out problems, one solution of each")
+    ranked = "states, of as many other problems, whose next steps are ranked"
+    add("--ranked", type=int, default=20, help=ranked)
+    temperature = "at which they are sampled; default: the training's, where few may differ"
+    add("--next_step_temperature", type=float, help=temperature)
+    run("values", parser.parse_args(), check, measure, draw)
 
 
 if __name__ == "__main__":
