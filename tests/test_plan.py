@@ -23,10 +23,14 @@ SIZES = dict(  # as published
 PARAMETERS = dict(rho=1.10e9, deepseekmath=6.91e9)
 
 
+def config_of(name):
+    return LlamaConfig(**SIZES[name]) if name in SIZES else plan.SIZES[name]
+
+
 def training(name, *options):
     """What a rank of eight needs while it trains."""
     s = train.parse_settings(["--dataset", "math", *options])
-    return plan.memory(LlamaConfig(**SIZES[name]), s, 8, 80e9)["training"]
+    return plan.memory(config_of(name), s, 8, 80e9)["training"]
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 from conftest import python
-from test_plan import SIZES, training
+from test_plan import config_of, training
 
 from experiments.plan import REST
 
@@ -42,8 +42,8 @@ def test_an_update_goes_through_on_a_pretended_gpu_and_faults_are_seen():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["rho", "deepseekmath"])
-def test_the_plan_says_what_a_step_of_the_papers_models_needs(size):
+@pytest.mark.parametrize("size", ["rho", "deepseekmath", "0.5B", "1.5B"])
+def test_the_plan_says_what_a_step_of_the_papers_models_and_of_the_recipes_needs(size):
     done = python(__file__, size)
     assert done.returncode == 0, done.stderr
     plan = sum(training(size).values()) - REST
@@ -68,7 +68,7 @@ class Trace:
         import model
         import ppo
 
-        self.torch, self.config = torch, LlamaConfig(**(TINY if size == "tiny" else SIZES[size]))
+        self.torch, self.config = torch, LlamaConfig(**TINY) if size == "tiny" else config_of(size)
         _setup_privateuseone_for_python_backend("gpu")
         for name in ("Event", "Stream", "current_stream", "stream"):
             setattr(torch.gpu, name, getattr(torch.cpu, name))
