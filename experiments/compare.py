@@ -394,6 +394,8 @@ def draw_costs(plt, methods, results):
         ("tokens", "generated tokens", "log"),
         ("seconds", "seconds on one core", "log"),
     ]
+    if METHODS is SPEND:
+        panels[1:] = ("value_tokens", "tokens of the values", "linear"), ("seconds", panels[2][1], "linear")
     dots = dict(marker="o", markersize=3, capsize=2, elinewidth=0.7)
     for axis, (name, label, scale) in zip(axes, panels):
         for method, (text, style) in STYLE.items():
