@@ -271,8 +271,9 @@ def jackknife(estimate):
 
 
 def noise_ratio(result, above, below):
-    """(noise of an estimator over that of another, its standard error)."""
-    return jackknife(lambda b: moments(result, above, b)[1] / moments(result, below, b)[1])
+    """(noise of an estimator over that of another, its standard error); nan where the latter has none."""
+    nan = float("nan")
+    return jackknife(lambda b: moments(result, above, b)[1] / (moments(result, below, b)[1] or nan))
 
 
 def more_responses(measured, tokens):
