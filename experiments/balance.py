@@ -129,14 +129,18 @@ def responses_of(solutions, problems, rng):
 
 def stored_groups(solutions):
     """The responses of each prompt of a run's stored solutions: lists of (tokens of the steps, lengths of
-    the rollouts from each state that was valued).
+    the rollouts from each state that was valued, [] where it is that of a response before).
     """
-    groups = {}
+    groups, valued = {}, set()
     for solution in solutions:
         steps = solution["steps"]
         sizes = [step["tokens"] for step in steps]
         if sum(sizes):
-            rollouts = [step.get("rollout_tokens", []) for step in steps]
+            rollouts, state = [], (solution["prompt"],)
+            for step in steps:
+                rollouts.append([] if state in valued else step.get("rollout_tokens", []))
+                valued.add(state)
+                state += (step["text"],)
             groups.setdefault(solution["prompt"], []).append((sizes, rollouts))
     return list(groups.values())
 
@@ -144,11 +148,12 @@ def stored_groups(solutions):
 def stored_responses(groups, problems, rng):
     """The responses of one rank, as Sequences, from stored groups."""
     for group in rng.choices(groups, k=problems):
-        for i, (sizes, rollouts) in enumerate(group):
-            states = []
-            for t, lengths in enumerate(rollouts):
-                state = Valued([], [], rest=sum(sizes[t:]), lengths=lengths)
-                states += [state] if lengths and (t or not i) else []  # the prompt is the first response's
+        for sizes, rollouts in group:
+            states = [
+                Valued([], [], rest=sum(sizes[t:]), lengths=lengths)
+                for t, lengths in enumerate(rollouts)
+                if lengths
+            ]
             yield Sequence(sum(sizes), states=states)
 
 

@@ -442,12 +442,13 @@ def test_the_simulated_ranks_wait_less_where_the_states_are_dealt():
 def test_the_simulation_takes_the_lengths_that_a_run_has_stored(tmp_path):
     step = dict(text="a", advantage=0.0, value=0.5)
     steps = [step | dict(tokens=3, rollout_tokens=[5, 7]), step | dict(tokens=2, rollout_tokens=[1, 4])]
-    solutions = [dict(prompt="?", steps=steps), dict(prompt="?", steps=steps)]
+    other = [steps[0] | dict(text="b"), steps[1]]  # the same prompt, and another state after its first step
+    solutions = [dict(prompt="?", steps=steps), dict(prompt="?", steps=other), dict(prompt="?", steps=steps)]
     write_solutions(tmp_path / "episodes" / "000001.jsonl.gz", solutions)
     draw = balance.from_run(tmp_path)
     sequences = list(draw(1, random.Random(0)))
-    assert [s.to_go for s in sequences] == [5, 5] and [len(s.states) for s in sequences] == [2, 1]
+    assert [s.to_go for s in sequences] == [5] * 3 and [len(s.states) for s in sequences] == [2, 1, 0]
     *_, tokens = balance.iteration("Rho-1B", draw, True, 1, 0)
-    assert tokens == 64 * (2 * 5 + (5 + 7) + 2 * (1 + 4))  # the prompt's rollouts once
+    assert tokens == 64 * (3 * 5 + (5 + 7) + 2 * (1 + 4))  # equal states once
     with pytest.raises(ValueError, match="has stored no iteration"):
         balance.from_run(tmp_path / "episodes")
