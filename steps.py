@@ -29,7 +29,7 @@ def step_boundaries(rule, text, token_ids, decode, logprobs=None):
     text: what the token ids spell; decode: token ids -> text; logprobs: of the token ids, for cutpoints:N.
     """
     if rule.startswith("cutpoints:"):
-        return cutpoints(logprobs, int(rule.split(":")[1]))
+        return cutpoints(logprobs or [], int(rule.split(":")[1]))  # None: given up by the engine
     if rule.startswith("tokens:"):
         return [*range(0, len(token_ids), int(rule.split(":")[1])), len(token_ids)] if token_ids else [0]
     if rule == "paper":

@@ -308,6 +308,8 @@ def test_nor_does_it_with_a_mask_whose_tokens_divide_the_loss(tiny_model, device
     assert abs(whole[1]["grad_norm"] / reference_update[1]["grad_norm"] - 1) > 0.02
     masked = updated_weights(tiny_model, device, mask_above=0.05, micro_batch_tokens=tokens)
     assert_same_update(masked, whole, tiny_model)
+    first = updated_weights(tiny_model, device, mask_above=0.05, epochs=1)[1]
+    assert first["ratio"] == pytest.approx(1.0, abs=1e-4)  # divided by the tokens that remain, not by all
     unmasked = updated_weights(tiny_model, device, mask_above=1.0)
     assert_same_update((unmasked[0], unmasked[1] | {"kept": 1.0}), reference_update, tiny_model)
 

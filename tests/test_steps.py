@@ -240,4 +240,4 @@ def test_cutpoints_are_behind_every_nth_token_that_the_policy_was_not_sure_of(n,
     logprobs = [math.log(p) for p in (0.95, 0.5, 0.89, 0.91, 1.0, 0.3)]  # unsure: tokens 1, 2 and 5
     assert step_boundaries(f"cutpoints:{n}", "abcdef", [1] * 6, None, logprobs) == expected
     check_rule(f"cutpoints:{n}")
-    assert step_boundaries("cutpoints:2", "", [], None, []) == [0]
+    assert step_boundaries("cutpoints:2", "", [], None, None) == [0]  # a response that the engine gave up
