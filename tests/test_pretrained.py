@@ -195,3 +195,13 @@ def test_a_hub_name_that_cannot_be_reached_says_what_is_waited_for(monkeypatch, 
     with pytest.raises(ValueError, match=r"--model own/model cannot be loaded: .*\(We couldn't connect\)"):
         pretrained.load_tokenizer(settings("own/model"))
     assert capsys.readouterr().out == "looking for --model own/model on the hub\n"
+
+
+def test_no_layer_is_dropped_in_training(tmp_path, device):
+    """OPT's layerdrop, like dropout: the old and the new log-probabilities are of one policy."""
+    write_model("OPT", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layerdrop": 0.5, "dropout": 0.1}))
+    network = load_sharded(tmp_path, device).network
+    assert network.training and network.config.layerdrop == network.config.dropout == 0.0
+    assert network.base_model.decoder.layerdrop == 0.0
