@@ -203,9 +203,12 @@ def squared_gradient(policy, episodes, advantages, temperature, device):
 
 
 def seconds_per_token(path):
-    """{sampling: seconds per sampled token, training: per token of a response}, of the run's metrics."""
-    run = path if (path / "metrics.jsonl").is_file() else path.parent.parent
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """{sampling: seconds per sampled token, training: per token of a response}, of the run's metrics; {}
+    where they are gone or have no iteration.
+    """
+    metrics = (folder / "metrics.jsonl" for folder in (path, path.parent.parent))
+    found = next((file for file in metrics if file.is_file()), None)
+    lines = [json.loads(line) for line in found.read_text().splitlines()] if found else []
     total = {name: sum(line.get(name, 0) for line in lines) for name in TIMED}
     sampled = total["tokens_sample"] + total["tokens_values"]
     seconds = total["seconds_sample"] + total["seconds_values"]
@@ -358,7 +361,7 @@ def draw_one(axis, name, result):
     """E|g|^2 against value tokens, a point for each estimator."""
     for estimator, (ratio, error, tokens) in rows_of(result).items():
         if estimator == "exact values":
-            axis.axhline(ratio, color="#999999", linewidth=1, linestyle=":", label="exact values")
+            axis.axhline(ratio, color="#999999", linewidth=1, linestyle=":")
             continue
         colour = GROUPS[group_of(estimator)]
         axis.errorbar(tokens, ratio, error, marker="o", markersize=4, color=colour, capsize=2)
@@ -388,6 +391,7 @@ def draw(folder):
         draw_one(axis, name, result)
         text += table(name, result)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=n) for n, c in GROUPS.items()]
+    handles.append(plt.Line2D([], [], linestyle=":", color="#999999", label="exact values"))
     axes[0][-1].legend(handles=handles, fontsize=7)
     figure.savefig(folder.parent / "gradients.png", dpi=110)
     plt.close(figure)

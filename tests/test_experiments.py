@@ -365,6 +365,7 @@ def test_seconds_per_token_are_the_runs(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     expected = dict(sampling=10 / 200, training=4 / 20)
+    assert gradients.seconds_per_token(tmp_path / "elsewhere" / "checkpoints" / "2") == {}
     for path in (tmp_path, tmp_path / "checkpoints" / "2"):
         assert gradients.seconds_per_token(path) == pytest.approx(expected)
 
