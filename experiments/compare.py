@@ -1,34 +1,23 @@
-"""VinePPO, PPO, GRPO, RLOO, RestEM and DPO+ compared on the arithmetic task, from one SFT policy.
+"""VinePPO, PPO, GRPO, RLOO, RestEM and DPO+ compared on a built-in task, from one SFT policy.
 
-    python experiments/compare.py run         # every run without a result, one process per core
-    python experiments/compare.py run --only 'rloo.*'
-    python experiments/compare.py draw        # pictures and tables, from the results alone
-    python experiments/compare.py again NAME  # a run once more, for its checkpoints
-    python experiments/compare.py --plan spend run     # another plan of runs, below; likewise draw, again
+    python experiments/compare.py arithmetic run      # every run without a result, one process per core
+    python experiments/compare.py arithmetic run --only 'rloo.*'
+    python experiments/compare.py arithmetic draw     # pictures and tables, from the results alone
+    python experiments/compare.py arithmetic again NAME       # a run once more, for its checkpoints
 
-`make compare` does the first and the third, after sft.py. `run` may be stopped and started at any
-time. `again` writes runs/compare/NAME and leaves the run's result as it is. A finished run leaves
-experiments/results/compare/NAME.json: its curve, command, settings, and the commit that made it. A
+`make compare` does the first and the second, after sft.py. `run` may be stopped and started at any
+time. `again` writes runs/compare/TASK/NAME and leaves the run's result as it is. A finished run leaves
+experiments/results/TASK/NAME.json: its curve, command, settings, and the commit that made it. A
 result counts only as long as its command is the planned one.
 
-First comes a search for each method's learning rate, on two seeds of its own: three values, each
-two to three times the one before, and one more below for PPO, whose best was the lowest (each with
-the critic at the same rate and at 1e-3). Then come the seeds that count.
+First comes a search for each method's learning rate, on two seeds of its own: three values of LADDER,
+and its next ones for as long as the best of them is at an edge. Then come the seeds that count.
 
 All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8
-responses with them, 40 times, and differ in nothing but the advantages. The controls give GRPO and
-RLOO more responses for the same number of optimizer steps: 96 per iteration cost about the seconds of
-VinePPO's K = 9 and the generated tokens of K = 3; 256 cost the tokens of K = 9. PPO gets 256 too,
-so that its value network has more to learn from (at the rate of the others with 256, the network's
-at 1e-3).
-
-Sampling is at temperature 1, but for the runs named T. Evaluation is at temperature 1 too, on the
-first 400 held-out problems once each (standard error of one evaluation: 0.025).
-
-The plan "spend" asks how few rollouts the values need: VinePPO's K = 9, K = 3, K = 3 and 2 with averages
-of several states' values (--gae_lambda 0.5 --baseline_smoothing 0.5), and RLOO, at the same 16
-responses; eight seeds, evaluated on all 500 held-out problems twice. Its results are in
-experiments/results/spend.
+responses with them, 40 times, and differ in nothing but the advantages. The controls, named by their
+responses per iteration, have more of them for the same number of optimizer steps, at about the cost
+of another method (SAME_COST). Sampling is at temperature 1. So is evaluation, on all 500 held-out
+problems twice.
 """
 
 import hashlib
@@ -46,72 +35,118 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS, RUNS = ROOT / "experiments" / "results" / "compare", ROOT / "runs" / "compare"
-MODEL = RUNS / "sft"
 
+LADDER = ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3")  # learning rates
+FIRST = range(3, 6)  # of the ladder, searched for every method
 SEARCH_SEEDS = (100, 101)
+EVAL = " --eval_problems 500 --eval_samples 2"
 RL = (
     "train.py --iterations 40 --prompts_per_iteration 4 --responses_per_prompt 4 --minibatch 8"
-    " --save_every 20 --eval_every 10"
+    " --save_every 20 --eval_every 10" + EVAL
 )
-MORE_96 = " --prompts_per_iteration 12 --responses_per_prompt 8 --minibatch 48"  # the same number of optimizer steps
-MORE_256 = " --prompts_per_iteration 32 --responses_per_prompt 8 --minibatch 128"
-ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32"
-EVAL = " --eval_problems 400 --eval_samples 1"
-LR, LR_RESTEM, LR_DPO = ("2e-5", "5e-5", "1e-4"), ("1e-4", "3e-4", "1e-3"), ("3e-5", "1e-4", "3e-4")
-LR_PPO = [f"{rate}{critic}" for critic in ("", " --critic_learning_rate 1e-3") for rate in ("1e-5", *LR)]
-METHODS = {  # name: (command, learning rates to search, number of seeds, whose search it uses)
-    "vineppo-K9": (RL + EVAL + " --K 9", LR, 5, None),
-    "vineppo-K3": (RL + EVAL + " --K 3", LR, 5, None),
-    "vineppo-K1": (RL + EVAL + " --K 1", LR, 5, None),
-    "ppo": (RL + EVAL + " --algorithm ppo", LR_PPO, 5, None),
-    "grpo": (RL + EVAL + " --algorithm grpo", LR, 5, None),
-    "rloo": (RL + EVAL + " --algorithm rloo", LR, 5, None),
-    "grpo-96": (RL + EVAL + MORE_96 + " --algorithm grpo", LR, 5, None),
-    "rloo-96": (RL + EVAL + MORE_96 + " --algorithm rloo", LR, 5, None),
-    "restem": ("-m baselines.restem" + ROUNDS + EVAL, LR_RESTEM, 3, None),
-    "dpo": ("-m baselines.dpo" + ROUNDS + EVAL, LR_DPO, 3, None),
-    "vineppo-K3-T0.6": (RL + EVAL + " --K 3 --temperature 0.6", LR, 3, "vineppo-K3"),
-    "vineppo-K3-T1.2": (RL + EVAL + " --K 3 --temperature 1.2", LR, 3, "vineppo-K3"),
-    "rloo-T0.6": (RL + EVAL + " --algorithm rloo --temperature 0.6", LR, 3, "rloo"),
-    "rloo-T1.2": (RL + EVAL + " --algorithm rloo --temperature 1.2", LR, 3, "rloo"),
-    "grpo-256": (RL + EVAL + MORE_256 + " --algorithm grpo", LR, 2, "grpo-96"),
-    "rloo-256": (RL + EVAL + MORE_256 + " --algorithm rloo", LR, 2, "rloo-96"),
-    "ppo-256": (RL + EVAL + MORE_256 + " --algorithm ppo --critic_learning_rate 1e-3", LR, 2, "rloo-96"),
+AVERAGED, MASK = " --gae_lambda 0.5 --baseline_smoothing 0.5", " --mask_above 0.9"
+ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32" + EVAL
+
+
+def responses(prompts, each):
+    """Options for so many responses per iteration, in as many optimizer steps."""
+    count = prompts * each
+    return f" --prompts_per_iteration {prompts} --responses_per_prompt {each} --minibatch {count // 2}"
+
+
+METHODS = {  # name: (command, number of seeds)
+    "arithmetic": {
+        "K9": (RL + " --K 9", 8),
+        "K3": (RL + " --K 3", 8),
+        "K3-averaged": (RL + " --K 3" + AVERAGED, 8),
+        "K2-averaged": (RL + " --K 2" + AVERAGED, 8),
+        "rloo": (RL + " --algorithm rloo", 8),
+        "grpo": (RL + " --algorithm grpo", 8),
+        "ppo": (RL + " --algorithm ppo", 8),
+        "ppo-critic": (RL + " --algorithm ppo --critic_learning_rate 1e-3", 8),
+        "rloo-32": (RL + " --algorithm rloo" + responses(8, 4), 8),
+        "rloo-96": (RL + " --algorithm rloo" + responses(12, 8), 8),
+        "grpo-96": (RL + " --algorithm grpo" + responses(12, 8), 8),
+        "K2-averaged-mask": (RL + " --K 2" + AVERAGED + MASK, 8),
+        "rloo-mask": (RL + " --algorithm rloo" + MASK, 8),
+        "restem": ("-m baselines.restem" + ROUNDS, 3),
+        "dpo": ("-m baselines.dpo" + ROUNDS, 3),
+        "rloo-256": (RL + " --algorithm rloo" + responses(32, 8), 8),
+        "ppo-96": (RL + " --algorithm ppo --critic_learning_rate 1e-3" + responses(12, 8), 8),
+        "grpo-256": (RL + " --algorithm grpo" + responses(32, 8), 8),
+    },
 }
 
-VINE, AVERAGED = RL + " --eval_problems 500 --eval_samples 2", " --gae_lambda 0.5 --baseline_smoothing 0.5"
-LR_SPEND = ("2e-5", "5e-5", "1e-4", "2e-4")
-SPEND = {
-    "K9": (VINE + " --K 9", LR_SPEND, 8, None),
-    "K3": (VINE + " --K 3", LR_SPEND, 8, None),
-    "K3-averaged": (VINE + " --K 3" + AVERAGED, LR_SPEND, 8, None),
-    "K2-averaged": (VINE + " --K 2" + AVERAGED, LR_SPEND, 8, None),
-    "rloo16": (VINE + " --algorithm rloo", LR_SPEND, 8, None),
-}
-PLANS = {"compare": METHODS, "spend": SPEND}
 
+class Plan:
+    """The comparison on one task: its methods, and the folders of its runs and results."""
 
-def use(plan):
-    """Take the methods of a plan, and the folder of its results."""
-    global METHODS, RESULTS
-    METHODS, RESULTS = PLANS[plan], ROOT / "experiments" / "results" / plan
+    def __init__(self, task):
+        self.task, self.methods = task, METHODS[task]
+        self.results = ROOT / "experiments" / "results" / task
+        self.runs = ROOT / "runs" / "compare" / task
+        self.model = self.runs / "sft"
 
+    def load_results(self):
+        """{name: result} of the finished runs whose command is the one that is planned now."""
+        results = {path.stem: json.loads(path.read_text()) for path in sorted(self.results.glob("*.json"))}
+        while True:  # what a search leads to is planned only as long as its results count
+            commands = self.commands(results)
+            kept = {name: r for name, r in results.items() if r["command"] == commands.get(name)}
+            if len(kept) == len(results):
+                return kept
+            results = kept
 
-# --- running ---
+    def searched(self, method, results):
+        """{learning rate: its accuracy in the search, mean over the seeds}; None where a run is missing."""
+        found, low, high = {}, FIRST[0], FIRST[-1]
 
+        def accuracy(i):
+            runs = [results.get(search_name(method, LADDER[i], seed)) for seed in SEARCH_SEEDS]
+            return statistics.mean(map(last_accuracy, runs)) if all(runs) else None
 
-def load_results():
-    """{name: result} of the finished runs whose command is the one that is planned now."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    for _ in ("the search", "the seeds that count, at the rate that the search then chooses"):
-        commands = planned(results)
-        results = {name: r for name, r in results.items() if r["command"] == commands.get(name)}
-    return results
+        for i in FIRST:
+            found[i] = accuracy(i)
+        while None not in found.values():
+            best = max(found, key=found.get)
+            if low < best < high or best in (0, len(LADDER) - 1):
+                break
+            low, high = min(low, best - 1), max(high, best + 1)
+            found |= {i: accuracy(i) for i in (low, high) if i not in found}
+        return {LADDER[i]: found[i] for i in sorted(found)}
+
+    def chosen_rate(self, method, results):
+        """The learning rate with the highest accuracy in the search; None while runs of it are missing."""
+        found = self.searched(method, results)
+        return None if None in found.values() else max(found, key=found.get)
+
+    def commands(self, results):
+        """{name: command} of all runs whose learning rate is known by now, in the order to run them."""
+        runs = {}
+        for method, (command, seeds) in self.methods.items():
+            for rate in self.searched(method, results):
+                for seed in SEARCH_SEEDS:
+                    name = search_name(method, rate, seed)
+                    runs[name] = f"{command} --learning_rate {rate} --seed {seed}"
+            rate = self.chosen_rate(method, results)
+            for seed in range(seeds) if rate else ():
+                runs[f"{method}-s{seed}"] = f"{command} --learning_rate {rate} --seed {seed}"
+        return runs
+
+    def missing(self, only):
+        """{name: command} of the planned runs without a result, of the names that `only` is found in."""
+        results = self.load_results()
+        planned = self.commands(results).items()
+        return {name: c for name, c in planned if name not in results and only.search(name)}
+
+    def arguments_of(self, name):
+        """What is added to the planned command of a run."""
+        model, folder = self.model.relative_to(ROOT), (self.runs / name).relative_to(ROOT)
+        return ["--dataset", self.task, "--model", str(model), "--run_dir", str(folder)]
 
 
 def search_name(method, rate, seed):
-    return f"search-{method}-lr{rate.replace(' --critic_learning_rate ', '-critic')}-s{seed}"
+    return f"search-{method}-lr{rate}-s{seed}"
 
 
 def last_accuracy(result):
@@ -119,51 +154,14 @@ def last_accuracy(result):
     return statistics.mean([line["accuracy"] for line in result["curve"] if "accuracy" in line][-2:])
 
 
-def searched(method, results):
-    """{learning rate: its accuracy in the search, mean over the seeds}; empty while runs are missing."""
-    names = {rate: [search_name(method, rate, seed) for seed in SEARCH_SEEDS] for rate in METHODS[method][1]}
-    if any(name not in results for group in names.values() for name in group):
-        return {}
-    accuracies = {rate: [last_accuracy(results[name]) for name in group] for rate, group in names.items()}
-    return {rate: statistics.mean(values) for rate, values in accuracies.items()}
+# --- running ---
 
 
-def chosen_rate(method, results):
-    """The learning rate with the highest accuracy in the search; None while runs of it are missing."""
-    found = searched(METHODS[method][3] or method, results)
-    return max(found, key=found.get) if found else None
-
-
-def planned(results):
-    """{name: command} of all runs whose learning rate is known by now, in the order to run them."""
-    runs = {}
-    for method, (command, rates, seeds, search) in METHODS.items():
-        if search is None:
-            for rate in rates:
-                for seed in SEARCH_SEEDS:
-                    runs[search_name(method, rate, seed)] = f"{command} --learning_rate {rate} --seed {seed}"
-        rate = chosen_rate(method, results)
-        for seed in range(seeds) if rate else ():
-            runs[f"{method}-s{seed}"] = f"{command} --learning_rate {rate} --seed {seed}"
-    return runs
-
-
-def missing(only):
-    """{name: command} of the planned runs without a result, of the names that `only` is found in."""
-    results = load_results()
-    return {name: c for name, c in planned(results).items() if name not in results and only.search(name)}
-
-
-def arguments_of(name):
-    """What is added to the planned command of a run."""
-    return ["--model", str(MODEL.relative_to(ROOT)), "--run_dir", str((RUNS / name).relative_to(ROOT))]
-
-
-def execute(name, command):
+def execute(plan, name, command):
     """One run, in a process forked from one that has imported torch and vLLM; writes log.txt."""
     import runpy
 
-    folder = RUNS / name
+    folder = plan.runs / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
@@ -171,7 +169,7 @@ def execute(name, command):
     os.dup2(log, 2)
     os.chdir(ROOT)
     program, *arguments = command.removeprefix("-m ").split()
-    sys.argv = [program, *arguments, *arguments_of(name)]
+    sys.argv = [program, *arguments, *plan.arguments_of(name)]
     if program.endswith(".py"):
         import train
 
@@ -180,15 +178,15 @@ def execute(name, command):
         runpy.run_module(program, run_name="__main__")
 
 
-def again(name):
+def again(plan, name):
     """A run of the plan as it is now, whatever its result, on one thread like all of them.
 
     It resumes if it was stopped.
     """
-    commands = planned(load_results())
+    commands = plan.commands(plan.load_results())
     if name not in commands:
         sys.exit(f"compare.py: there is no run {name}: name one of {', '.join(commands)}")
-    command = [sys.executable, *commands[name].split(), *arguments_of(name)]
+    command = [sys.executable, *commands[name].split(), *plan.arguments_of(name)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
 
@@ -211,43 +209,43 @@ def curve_of(folder):
     return curve
 
 
-def identity_of_start():
+def identity_of_start(plan):
     """A hash of the SFT policy's weights. Exits if it is missing, or results began from another."""
-    weights = MODEL / "model.safetensors"
+    weights = plan.model / "model.safetensors"
     if not weights.is_file():
-        advice = f"run `python sft.py --dataset arithmetic --out {MODEL}` first"
-        sys.exit(f"compare.py: there is no SFT policy in {MODEL}: {advice}")
+        advice = f"run `python sft.py --dataset {plan.task} --out {plan.model}` first"
+        sys.exit(f"compare.py: there is no SFT policy in {plan.model}: {advice}")
     start = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-    others = {result["start"] for result in load_results().values()} - {start}
+    others = {result["start"] for result in plan.load_results().values()} - {start}
     if others:
         what = f"began from another SFT policy ({others.pop()}, not {start})"
-        sys.exit(f"compare.py: {RESULTS} holds results that {what}: move them away first")
+        sys.exit(f"compare.py: results in {plan.results} {what}: move that folder away")
     return start
 
 
-def store(name, command, start, commit):
+def store(plan, name, command, start, commit):
     """Write the result of a finished run."""
-    settings = json.loads((RUNS / name / "settings.json").read_text())
+    settings = json.loads((plan.runs / name / "settings.json").read_text())
     about = dict(name=name, command=command, start=start, commit=commit, settings=settings)
-    content = json.dumps(about | dict(curve=curve_of(RUNS / name)))
-    draft = RESULTS / f"{name}.unfinished"
+    content = json.dumps(about | dict(curve=curve_of(plan.runs / name)))
+    draft = plan.results / f"{name}.unfinished"
     draft.write_text(content.replace('{"iteration"', '\n{"iteration"') + "\n")
-    draft.rename(RESULTS / f"{name}.json")
+    draft.rename(plan.results / f"{name}.json")
 
 
 def stopped(*_):
     sys.exit("compare.py: stopped; the runs that had ended are kept")
 
 
-def run(only):
+def run(plan, only):
     """All runs that are missing, one process per core."""
     try:
         only = re.compile(only)
     except re.error as error:
         sys.exit(f"compare.py: --only {only} is no regular expression: {error}")
-    if not missing(only):
-        return print(f"nothing to run: every run of that name is in {RESULTS}")
-    start = identity_of_start()
+    if not plan.missing(only):
+        return print(f"nothing to run: every run of that name is in {plan.results}")
+    start = identity_of_start(plan)
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     variables = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", VLLM_CPU_KVCACHE_SPACE="1")
@@ -258,16 +256,16 @@ def run(only):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "rollout", "baselines.rounds", "sft"])
     cores = len(os.sched_getaffinity(0))
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    plan.results.mkdir(parents=True, exist_ok=True)
     running, failed = {}, set()  # running: process -> (name, command)
     signal.signal(signal.SIGTERM, stopped)
     while True:
-        for name, command in missing(only).items():
+        for name, command in plan.missing(only).items():
             begun = failed | {n for n, _ in running.values()}
             if name not in begun and len(running) < cores:
                 print(f"{time.strftime('%H:%M:%S')} {name}: {command}", flush=True)
                 # daemon: it ends with this process
-                process = context.Process(target=execute, args=(name, command), daemon=True)
+                process = context.Process(target=execute, args=(plan, name, command), daemon=True)
                 process.start()
                 running[process] = name, command
         if not running:
@@ -277,10 +275,10 @@ def run(only):
             process.join()
             name, command = running.pop(process)
             if process.exitcode == 0:
-                store(name, command, start, commit)
+                store(plan, name, command, start, commit)
             else:
                 failed.add(name)
-                print(f"{name} failed; see {RUNS / name / 'log.txt'}", file=sys.stderr, flush=True)
+                print(f"{name} failed; see {plan.runs / name / 'log.txt'}", file=sys.stderr, flush=True)
     if failed:
         sys.exit(f"compare.py: {len(failed)} runs failed; the rest is done")
 
@@ -538,21 +536,18 @@ def draw():
 
 
 def main():
-    words = sys.argv[1:]
-    if words[:1] == ["--plan"] and words[1:2] and words[1] in PLANS:
-        use(words[1])
-        words = words[2:]
-    if words == ["run"]:
-        run("")
-    elif words[:2] == ["run", "--only"] and len(words) == 3:
-        run(words[2])
-    elif words == ["draw"]:
-        draw()
-    elif words[:1] == ["again"] and len(words) == 2:
-        again(words[1])
-    else:
-        plans = "|".join(PLANS)
-        sys.exit(f"usage: compare.py [--plan {plans}] run [--only REGEX] | draw | again NAME")
+    match sys.argv[1:]:
+        case [task, "run"] if task in METHODS:
+            run(Plan(task), "")
+        case [task, "run", "--only", only] if task in METHODS:
+            run(Plan(task), only)
+        case [task, "draw"] if task in METHODS:
+            draw(Plan(task))
+        case [task, "again", name] if task in METHODS:
+            again(Plan(task), name)
+        case _:
+            tasks = "|".join(METHODS)
+            sys.exit(f"usage: compare.py {tasks} run [--only REGEX] | draw | again NAME")
 
 
 if __name__ == "__main__":
