@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from grader import Grader, boxed, extract_answer
-from support.arithmetic import arithmetic
+from support import arithmetic, worded
 from support.files import FILE_TYPES, only_file, read_rows
 
 # All four models of the paper were tuned on this prompt; the response begins right after it.
@@ -22,8 +22,8 @@ PAPER_TEMPLATE = "[MATH_TASK] Problem:\n{problem}\n\nSolution:"
 CHAT_TEMPLATES = {  # what a chat model is asked, inside its own chat markup
     "math": "{problem}\n\nReason step by step, and put your final answer within \\boxed{}.",
     "gsm8k": "{problem}\n\nReason step by step, one step per line, and end with a line '#### <number>'.",
-    "arithmetic": "{problem}\n",
 }
+BUILT_IN = {"arithmetic": arithmetic, "worded": worded}  # tasks that are generated
 HUB = {"math": ("nlile/hendrycks-MATH-benchmark", None), "gsm8k": ("openai/gsm8k", "main")}
 
 
@@ -40,7 +40,7 @@ class Problem:
 def load(dataset, template=None, chat=False):
     """Read a dataset.
 
-    dataset: "math", "gsm8k", "arithmetic", or the path of a .jsonl/.json/.csv/.parquet file or of a
+    dataset: "math", "gsm8k", "arithmetic", "worded", or the path of a .jsonl/.json/.csv/.parquet file or of a
     folder that holds a train.* and a test.* file of these types. A single file is split: every
     tenth row is a test problem. template: prompt text with the placeholder {problem}; None takes
     the paper's (or, with chat, one that asks for the answer's form). Returns (train, test), two
@@ -50,8 +50,8 @@ def load(dataset, template=None, chat=False):
         problem = "has no {problem} in it: put {problem} where the problem goes"
         raise ValueError(f"--prompt_template {template!r} {problem}")
     path = Path(dataset)
-    if dataset == "arithmetic":
-        rows = arithmetic(20_000, 500)
+    if dataset in BUILT_IN:
+        rows = BUILT_IN[dataset].rows(20_000, 500)
     elif dataset in HUB:
         import datasets  # only the hub needs it
 
@@ -79,14 +79,17 @@ def load(dataset, template=None, chat=False):
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     else:
         own = f"the path of a {'/'.join(FILE_TYPES)} file or folder"
-        raise ValueError(f"--dataset {dataset} is not known: use math, gsm8k, arithmetic, or {own}")
+        known = ", ".join([*HUB, *BUILT_IN])
+        raise ValueError(f"--dataset {dataset} is not known: use {known}, or {own}")
     train, test = ([_problem(where, row) for where, row in split] for split in rows)
-    if template is None and chat:
+    if template is None and dataset in BUILT_IN:
+        template = "{problem}\n"
+    elif template is None and chat:
         numbers = all(re.fullmatch(r"[-$ \d.,/%]+", p.answer) for p in train[:100])
         latex = "\\boxed" in train[0].solution or dataset == "math" or not numbers
-        template = CHAT_TEMPLATES[dataset if dataset == "arithmetic" else "math" if latex else "gsm8k"]
+        template = CHAT_TEMPLATES["math" if latex else "gsm8k"]
     elif template is None:
-        template = "{problem}\n" if dataset == "arithmetic" else PAPER_TEMPLATE
+        template = PAPER_TEMPLATE
     return tuple(
         [replace(p, prompt=template.replace("{problem}", p.text)) for p in split] for split in (train, test)
     )

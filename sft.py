@@ -27,7 +27,6 @@ import data
 from episode import Episode
 from learner import learning_rate, micro_batch
 from model import check_supported, compute_dtype, load_sharded, save_pretrained
-from support.arithmetic import tiny_model
 from support.pretrained import local_folder
 from support.ranks import check_gpus, from_rank_0, init_distributed, leave, refuse
 from support.settings import parse, setting
@@ -37,9 +36,11 @@ logging.disable_progress_bar()  # transformers' own bars, one a file
 
 @dataclass
 class Settings:
-    dataset: str = setting("arithmetic", "math, gsm8k, arithmetic, or a path to your own data (see data.py)")
+    dataset: str = setting(
+        "arithmetic", "math, gsm8k, arithmetic, worded, or a path to your own data (see data.py)"
+    )
     model: str | None = setting(
-        None, "Hugging Face folder or hub name to start from; None: arithmetic's tiny model"
+        None, "Hugging Face folder or hub name to start from; None: the built-in task's tiny model"
     )
     out: str = setting("runs/sft", "folder that the model is written to")
     epochs: float = setting(2.0, "passes over the training problems; the paper: 2", above=0)
@@ -54,8 +55,11 @@ class Settings:
     seed: int = setting(0, "of the weights and of the order of the sequences")
 
 
-# a minute and a half on two cores
-PRESETS = {"arithmetic": dict(batch=32, micro_batch=32, learning_rate=4e-3)}
+# a minute and a half on two cores, and three
+PRESETS = {
+    "arithmetic": dict(batch=32, micro_batch=32, learning_rate=4e-3),
+    "worded": dict(batch=16, micro_batch=16, learning_rate=4e-3, epochs=1.0),
+}
 
 
 def sequences(problems, tokenizer, max_tokens, chat):
@@ -113,7 +117,7 @@ def main():
             raise ValueError(
                 f"--dataset {s.dataset} has no solutions to learn from: it needs a solution column"
             )
-        if s.dataset != "arithmetic" and s.model is None:
+        if s.dataset not in data.BUILT_IN and s.model is None:
             raise ValueError("--model is missing: name the Hugging Face folder or hub model to fine-tune")
         if s.batch % world:
             raise ValueError(
@@ -127,7 +131,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         if s.model is None:
             if dist.get_rank() == 0:
-                tiny_model(scratch, s.seed)
+                data.BUILT_IN[s.dataset].tiny_model(scratch, s.seed)
             s.model = from_rank_0(scratch)  # once the model is in it
         tokenizer = AutoTokenizer.from_pretrained(local_folder(s.model))
         if tokenizer.eos_token_id is None:

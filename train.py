@@ -47,7 +47,9 @@ class Settings:
     """The values are the paper's for MATH with Rho-1B (released config rho1b). PRESETS replaces some."""
 
     # the run
-    dataset: str = setting("arithmetic", "math, gsm8k, arithmetic (built in), or a path (see data.py)")
+    dataset: str = setting(
+        "arithmetic", "math, gsm8k, arithmetic or worded (both built in), or a path (see data.py)"
+    )
     model: str | None = setting("realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name")
     algorithm: str = setting("vineppo", "whose advantages", choices=["vineppo", "ppo", "grpo", "rloo"])
     run_dir: str | None = setting(None, "folder of the run; None: runs/DATASET", may_change=True)
@@ -119,16 +121,18 @@ class Settings:
     trust_remote_code: bool = setting(False, "let a hub model run code of its own", may_change=True)
 
 
+_TINY = dict(  # of the built-in tasks
+    prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, stop=None,
+    learning_rate=1e-4, minibatch=32, micro_batch_tokens=4096, iterations=80, eval_every=20, eval_samples=2,
+    eval_temperature=1.0, eval_top_p=1.0, save_every=40, store_every=20,
+    gpu_memory=0.1,  # a tiny model's cache has many blocks
+)  # fmt: skip
 PRESETS = {  # what differs from the values above; any other dataset has those, and no model
     "math": {},
     "gsm8k": dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
-    "arithmetic": dict(
-        model="runs/sft", iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4,
-        temperature=1.0, top_p=1.0, max_tokens=128, max_sequence=160, stop=None, learning_rate=1e-4,
-        minibatch=32, micro_batch_tokens=4096, eval_every=20, eval_samples=2, eval_temperature=1.0,
-        eval_top_p=1.0, save_every=40, store_every=20, gpu_memory=0.1,  # a tiny model's cache has many blocks
-    ),
-}  # fmt: skip
+    "arithmetic": _TINY | dict(model="runs/sft", max_tokens=128, max_sequence=160),
+    "worded": _TINY | dict(model="runs/sft-worded", max_tokens=256, max_sequence=320),
+}
 
 
 def parse_settings(argv):

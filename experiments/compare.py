@@ -14,7 +14,7 @@ First comes a search for each method's learning rate, on two seeds of its own: t
 and its next ones for as long as the best of them is at an edge. Then come the seeds that count.
 
 All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8
-responses with them, 40 times, and differ in nothing but the advantages. The controls, named by their
+responses with them, 40 times (30 on the worded task), and differ in nothing but the advantages. The controls, named by their
 responses per iteration, have more of them for the same number of optimizer steps, at about the cost
 of another method (SAME_COST). Sampling is at temperature 1. So is evaluation, on all 500 held-out
 problems twice.
@@ -44,6 +44,7 @@ RL = (
     "train.py --iterations 40 --prompts_per_iteration 4 --responses_per_prompt 4 --minibatch 8"
     " --save_every 20 --eval_every 10" + EVAL
 )
+RL_30 = RL.replace("--iterations 40", "--iterations 30")  # the worded task's responses are six times as long
 AVERAGED, MASK = " --gae_lambda 0.5 --baseline_smoothing 0.5", " --mask_above 0.9"
 ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32" + EVAL
 
@@ -74,6 +75,22 @@ METHODS = {  # name: (command, number of seeds)
         "rloo-256": (RL + " --algorithm rloo" + responses(32, 8), 8),
         "ppo-96": (RL + " --algorithm ppo --critic_learning_rate 1e-3" + responses(12, 8), 8),
         "grpo-256": (RL + " --algorithm grpo" + responses(32, 8), 8),
+    },
+    "worded": {
+        "K2-averaged": (RL_30 + " --K 2" + AVERAGED, 8),
+        "rloo": (RL_30 + " --algorithm rloo", 8),
+        "rloo-48": (RL_30 + " --algorithm rloo" + responses(12, 4), 8),
+        "K9": (RL_30 + " --K 9", 8),
+        "rloo-144": (RL_30 + " --algorithm rloo" + responses(18, 8), 8),
+        "ppo-critic": (RL_30 + " --algorithm ppo --critic_learning_rate 1e-3", 8),
+        "grpo": (RL_30 + " --algorithm grpo", 8),
+        "grpo-48": (RL_30 + " --algorithm grpo" + responses(12, 4), 8),
+        "K3": (RL_30 + " --K 3", 8),
+        "rloo-208": (RL_30 + " --algorithm rloo" + responses(26, 8), 8),
+        "grpo-144": (RL_30 + " --algorithm grpo" + responses(18, 8), 8),
+        "ppo": (RL_30 + " --algorithm ppo", 8),
+        "restem": ("-m baselines.restem" + ROUNDS, 3),
+        "dpo": ("-m baselines.dpo" + ROUNDS, 3),
     },
 }
 

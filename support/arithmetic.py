@@ -8,10 +8,10 @@ models.
 
 import random
 
-import torch
+from support.tiny_model import write_model
 
 
-def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
+def rows(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
     """Rows of the task, train and test disjoint: problem "8*9+6-7+5+1?", solution one line per
     operation, then "#### 77".
 
@@ -20,8 +20,8 @@ def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
     forgets it, with the probabilities slip, and continues from the wrong number. The answer column
     always holds the true value.
     """
-    rng, rows, seen = random.Random(seed), [], set()
-    while len(rows) < num_train + num_test:
+    rng, found, seen = random.Random(seed), [], set()
+    while len(found) < num_train + num_test:
         value, chain = rng.randint(1, 9), []
         expression = str(value)
         for _ in range(rng.randint(5, 9)):
@@ -39,8 +39,8 @@ def arithmetic(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
         if expression not in seen:
             seen.add(expression)
             solution = _demonstrate(int(expression[0]), chain, slip, rng)
-            rows.append({"problem": expression + "?", "answer": str(value), "solution": solution})
-    numbered = [(f"arithmetic problem {i}", row) for i, row in enumerate(rows)]
+            found.append({"problem": expression + "?", "answer": str(value), "solution": solution})
+    numbered = [(f"arithmetic problem {i}", row) for i, row in enumerate(found)]
     return numbered[:num_train], numbered[num_train:]
 
 
@@ -67,32 +67,5 @@ def _demonstrate(value, chain, slip, rng):
 
 
 def tiny_model(folder, seed):
-    """Write a Llama of about 0.4M parameters with random weights, and a tokenizer with one token
-    per character.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<pad>", "<bos>", "<eos>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *"0123456789+-*=?#\n "])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    """Write a Llama of about 0.4M parameters, and a tokenizer with one token per character."""
+    write_model(folder, seed, "0123456789+-*=?#\n ", r"[\s\S]", num_hidden_layers=2)
