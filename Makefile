@@ -1,5 +1,5 @@
 # make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
-# make compare: the runs of experiments/compare.py that have no result yet, then its pictures; two hours on two cores.
+# make compare: the runs of experiments/compare.py that have no result yet, then its pictures; eight hours on two cores.
 # make analyze: values of three of those runs' checkpoints, which are run again where they are missing; gradients of the demo's.
 PYTHON ?= python3
 VENV := .venv
@@ -45,16 +45,16 @@ demo: install
 	@echo "Your own problems: $(VENV)/bin/python train.py --dataset mine.jsonl --model MODEL --chat (docs/recipes.md)"
 
 # always on two ranks: the comparison's results go together only if they began from one and the same policy
-runs/compare/sft/model.safetensors: | install
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2 sft.py --dataset arithmetic --out runs/compare/sft
+runs/compare/%/sft/model.safetensors: | install
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc_per_node=2 sft.py --dataset $* --out $(@D)
 
-compare: install runs/compare/sft/model.safetensors
-	$(VENV)/bin/python experiments/compare.py run
-	$(VENV)/bin/python experiments/compare.py draw
+compare: install runs/compare/arithmetic/sft/model.safetensors runs/compare/worded/sft/model.safetensors
+	for task in arithmetic worded; do for what in run draw; do \
+	  $(VENV)/bin/python experiments/compare.py $$task $$what || exit 1; done; done
 
-ANALYZED := $(addprefix runs/compare/,ppo-s0/checkpoints/40 ppo-256-s0/checkpoints/40 vineppo-K9-s0/checkpoints/40)
-runs/compare/%/checkpoints/40: | install runs/compare/sft/model.safetensors
-	$(VENV)/bin/python experiments/compare.py again $*
+ANALYZED := $(addprefix runs/compare/arithmetic/,ppo-s0/checkpoints/40 ppo-96-s0/checkpoints/40 K9-s0/checkpoints/40)
+runs/compare/arithmetic/%/checkpoints/40: | install runs/compare/arithmetic/sft/model.safetensors
+	$(VENV)/bin/python experiments/compare.py arithmetic again $*
 
 runs/demo/checkpoints/80:
 	$(MAKE) demo

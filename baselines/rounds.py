@@ -34,7 +34,8 @@ class Settings:
     """
 
     dataset: str = setting(
-        "arithmetic", "math, gsm8k, arithmetic (built in), or a path to your own data (see data.py)"
+        "arithmetic",
+        "math, gsm8k, arithmetic or worded (both built in), or a path to your own data (see data.py)",
     )
     model: str | None = setting(
         "realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name to start from"

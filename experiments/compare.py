@@ -1,6 +1,6 @@
 """VinePPO, PPO, GRPO, RLOO, RestEM and DPO+ compared on a built-in task, from one SFT policy.
 
-    python experiments/compare.py arithmetic run      # every run without a result, one process per core
+    python experiments/compare.py arithmetic run      # every run without a result, one process a core
     python experiments/compare.py arithmetic run --only 'rloo.*'
     python experiments/compare.py arithmetic draw     # pictures and tables, from the results alone
     python experiments/compare.py arithmetic again NAME       # a run once more, for its checkpoints
@@ -14,10 +14,12 @@ First comes a search for each method's learning rate, on two seeds of its own: t
 and its next ones for as long as the best of them is at an edge. Then come the seeds that count.
 
 All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8
-responses with them, 40 times (30 on the worded task), and differ in nothing but the advantages. The controls, named by their
-responses per iteration, have more of them for the same number of optimizer steps, at about the cost
-of another method (SAME_COST). Sampling is at temperature 1. So is evaluation, on all 500 held-out
-problems twice.
+responses with them, 40 times (30 on the worded task), and differ in nothing but the advantages. The
+controls, named by their responses per iteration, have more of them for the same number of optimizer
+steps. On arithmetic, 32 responses cost about the seconds of K = 2 averaged, 96 those of K = 9, and 256
+the tokens of K = 9; on the worded task 48 the seconds of K = 2 averaged, 144 those of K = 9, and 208 the
+tokens of K = 2 averaged. Sampling is at temperature 1. So is evaluation, on all 500 held-out problems
+twice.
 """
 
 import hashlib
@@ -302,36 +304,35 @@ def run(plan, only):
 
 # --- what came out ---
 
-T95 = {
-    2: 12.71,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-}  # Student's t, 95 % two-sided, by the number of seeds
+# Student's t, 95 % two-sided, by the number of seeds
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 # Okabe and Ito's colours, which the colour-blind can tell apart; the controls' lines are broken
 STYLE = {
-    "vineppo-K9": ("VinePPO, K = 9", dict(color="#0072b2")),
-    "vineppo-K3": ("VinePPO, K = 3", dict(color="#56b4e9")),
-    "vineppo-K1": ("VinePPO, K = 1", dict(color="#000000")),
+    "K9": ("VinePPO, K = 9", dict(color="#0072b2")),
+    "K3": ("VinePPO, K = 3", dict(color="#56b4e9")),
+    "K3-averaged": ("VinePPO, K = 3, averaged", dict(color="#56b4e9", linestyle="--")),
+    "K2-averaged": ("VinePPO, K = 2, averaged", dict(color="#cc79a7")),
+    "K2-averaged-mask": ("VinePPO, K = 2, averaged, masked", dict(color="#cc79a7", linestyle="--")),
     "ppo": ("PPO", dict(color="#e69f00")),
+    "ppo-critic": ("PPO, critic at 1e-3", dict(color="#e69f00", linestyle="-.")),
     "grpo": ("GRPO", dict(color="#009e73")),
     "rloo": ("RLOO", dict(color="#d55e00")),
-    "grpo-96": ("GRPO, 96 responses", dict(color="#009e73", linestyle="--")),
-    "rloo-96": ("RLOO, 96 responses", dict(color="#d55e00", linestyle="--")),
-    "grpo-256": ("GRPO, 256 responses (2 seeds)", dict(color="#009e73", linestyle=":")),
-    "rloo-256": ("RLOO, 256 responses (2 seeds)", dict(color="#d55e00", linestyle=":")),
-    "ppo-256": ("PPO, 256 responses (2 seeds)", dict(color="#e69f00", linestyle=":")),
-    "restem": ("RestEM", dict(color="#cc79a7")),
+    "rloo-mask": ("RLOO, masked", dict(color="#d55e00", linestyle="-.")),
+    "restem": ("RestEM", dict(color="#000000")),
     "dpo": ("DPO+", dict(color="#999999")),
-    "K9": ("VinePPO, K = 9", dict(color="#0072b2")),
-    "K3": ("K = 3", dict(color="#56b4e9")),
-    "K3-averaged": ("K = 3, averaged", dict(color="#e69f00")),
-    "K2-averaged": ("K = 2, averaged", dict(color="#cc79a7")),
-    "rloo16": ("RLOO", dict(color="#d55e00")),
 }
+BROKEN = "--", ":", (0, (1, 3))  # of a method's controls, fewer responses first
+
+
+def style_of(plan, method):
+    """(name, style of its line) of a method; a control is named by its responses per iteration."""
+    if method in STYLE:
+        return STYLE[method]
+    base, count = method.rsplit("-", 1)
+    controls = [m for m in plan.methods if re.fullmatch(rf"{base}-\d+", m)]
+    controls.sort(key=lambda m: int(m.rsplit("-", 1)[1]))
+    name, style = STYLE[base]
+    return f"{name}, {count} responses", style | dict(linestyle=BROKEN[controls.index(method)])
 
 
 def interval(values):
@@ -342,9 +343,9 @@ def interval(values):
     return statistics.mean(values), half
 
 
-def seeds_of(method, results):
+def seeds_of(plan, method, results):
     """The curves of a method's finished runs."""
-    names = [f"{method}-s{seed}" for seed in range(METHODS[method][2])]
+    names = [f"{method}-s{seed}" for seed in range(plan.methods[method][1])]
     return [results[name]["curve"] for name in names if name in results]
 
 
@@ -386,134 +387,93 @@ def evaluation(curve, number):
     return found | {"train": statistics.mean(other["reward"] for other in near if "reward" in other)}
 
 
-def reach(points, target, axis):
-    """Where the mean accuracy first reaches the target, interpolated linearly; None: never."""
-    if points[0]["accuracy"] >= target:
-        return 0.0
-    for before, after in zip(points, points[1:]):
-        if before["accuracy"] < target <= after["accuracy"]:
-            share = (target - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
-            return before[axis] + share * (after[axis] - before[axis])
-    return None
-
-
 def column(points, name):
     return [point[name] for point in points]
 
 
-def draw_costs(plt, methods, results):
-    """PLAN.png: accuracy against gradient steps, tokens and seconds."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", sharey=True)
+def draw_costs(plt, plan, methods):
+    """TASK.png: accuracy against gradient steps, tokens and seconds."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", sharey=True)
     panels = [
         ("gradient_steps", "gradient steps", "linear"),
         ("tokens", "generated tokens", "log"),
         ("seconds", "seconds on one core", "log"),
     ]
-    if METHODS is SPEND:
-        panels[1:] = ("value_tokens", "tokens of the values", "linear"), ("seconds", panels[2][1], "linear")
     dots = dict(marker="o", markersize=3, capsize=2, elinewidth=0.7)
     for axis, (name, label, scale) in zip(axes, panels):
-        for method, (text, style) in STYLE.items():
-            if method not in methods:
-                continue
-            points = methods[method][0 if scale == "linear" else 1 :]
-            many = len(seeds_of(method, results)) > 2  # two seeds' intervals would fill the picture
-            half = column(points, "half") if many else None
-            axis.errorbar(column(points, name), column(points, "accuracy"), half, label=text, **dots, **style)
+        for method, points in methods.items():
+            points = points[0 if scale == "linear" else 1 :]
+            text, style = style_of(plan, method)
+            x, y, half = (column(points, k) for k in (name, "accuracy", "half"))
+            axis.errorbar(x, y, half, label=text, **dots, **style)
         axis.set(xlabel=label, xscale=scale)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out accuracy at temperature 1")
     labels = axes[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(RESULTS.parent / f"{RESULTS.name}.png", dpi=110)
+    figure.legend(*labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(plan.results.parent / f"{plan.task}.png", dpi=110)
 
 
-def draw_more(plt, methods):
-    """compare-more.png: held-out accuracy against training accuracy, KL, sampling temperature."""
-    figure, (train, kl, temperature) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
-    for method, (text, style) in STYLE.items():
-        points = methods.get(method, [])[1:]
+def draw_more(plt, plan, methods):
+    """TASK-more.png: held-out accuracy against training accuracy, and against KL."""
+    figure, (train, kl) = plt.subplots(1, 2, figsize=(10, 5.5), layout="constrained")
+    for method, points in methods.items():
+        points = points[1:]
         if points and "kl" in points[0]:  # not RestEM and DPO+
+            text, style = style_of(plan, method)
             accuracy, dots = column(points, "accuracy"), dict(marker="o", markersize=3)
             train.plot(column(points, "train"), accuracy, label=text, **dots, **style)
             kl.plot(column(points, "kl"), accuracy, **dots, **style)
     train.axline((0.5, 0.5), slope=1, color="#bbbbbb", linewidth=1)
     train.set(xlabel="accuracy on the training problems, as they are drawn", ylabel="held-out accuracy")
     kl.set(xlabel="KL to the SFT policy, nats per response", ylabel="held-out accuracy")
-    for base in ("vineppo-K3", "rloo"):
-        names = {0.6: f"{base}-T0.6", 1.0: base, 1.2: f"{base}-T1.2"}
-        found = {t: methods[name][-1] for t, name in names.items() if name in methods}
-        if found:
-            points = list(found.values())
-            y, half = column(points, "accuracy"), column(points, "half")
-            temperature.errorbar(list(found), y, half, marker="o", capsize=3, **STYLE[base][1])
-    accuracy = "held-out accuracy at temperature 1, at the end"
-    temperature.set(xlabel="sampling temperature in training", ylabel=accuracy)
-    for axis in (train, kl, temperature):
+    for axis in (train, kl):
         axis.grid(alpha=0.3)
     labels = train.get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(RESULTS.parent / "compare-more.png", dpi=110)
+    figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(plan.results.parent / f"{plan.task}-more.png", dpi=110)
 
 
-def told(rate):
-    """A learning rate of METHODS, for a table."""
-    return rate.replace(" --critic_learning_rate ", ", critic ")
-
-
-def rate_of(command):
-    """The learning rates of a command, for a table."""
-    critic = re.search(r" --critic_learning_rate (\S+)", command)
-    rate = re.search(r" --learning_rate (\S+)", command)[1]
-    return rate + (f", critic {critic[1]}" if critic else "")
-
-
-def table_of_methods(methods, results):
+def table_of_methods(plan, methods, results):
     """Lines of Markdown: what each method reaches, and what it costs."""
-    target = max(column(methods.get("ppo", []), "accuracy"), default=None)
     lines = [
-        "Accuracy on 400 held-out problems, mean over the seeds and its 95 % t interval."
-        " Best: the highest of a method's mean evaluations, a maximum over noisy points."
-        " Seconds: the fastest seed's median iteration on one core, two runs side by side.",
-        f"To PPO's best: where the mean curve first reaches {target:.3f}." if target else "",
+        "Accuracy on 500 held-out problems, twice each, mean over the seeds and its 95 % t interval."
+        " Seconds: the fastest seed's median iteration on one core, two runs side by side, times the iterations.",
         "",
-        "| method | learning rate | seeds | accuracy at the end | best | steps to PPO's best"
-        " | tokens | seconds | tokens in all | seconds in all |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | learning rate | seeds | accuracy at the start | at the end | value tokens | tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method, points in methods.items():
-        end, best = points[-1], max(column(points, "accuracy"))
-        text = STYLE[method][0] if method in STYLE else method
-        names = [name for name in results if re.fullmatch(rf"{method}-s\d+", name)]
-        rate, seeds = rate_of(results[names[0]]["command"]), len(seeds_of(method, results))
-        cells = [text, rate, str(seeds), f"{end['accuracy']:.3f} ± {end['half']:.3f}", f"{best:.3f}"]
-        for axis in ("gradient_steps", "tokens", "seconds"):
-            cost = reach(points, target, axis) if target else None
-            cells.append("never" if cost is None else f"{cost:,.0f}")
-        cells += [f"{end['tokens']:,.0f}", f"{end['seconds']:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def table_of_spending(methods, results):
-    """Lines of Markdown: what each method reaches, and the rollouts that it takes."""
-    about = "Accuracy on 500 held-out problems, twice each, mean over the seeds and its 95 % t interval"
-    lines = [
-        f"{about}; seconds as in compare.md.",
-        "",
-        "| method | learning rate | seeds | accuracy at the start | at the end | value tokens | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for method, points in methods.items():
-        start, end, count = points[0], points[-1], len(seeds_of(method, results))
+        start, end, count = points[0], points[-1], len(seeds_of(plan, method, results))
+        rate = re.search(r" --learning_rate (\S+)", results[f"{method}-s0"]["command"])[1]
         accuracy = f"{start['accuracy']:.3f} | {end['accuracy']:.3f} ± {end['half']:.3f}"
-        costs = f"{end['value_tokens']:,.0f} | {end['seconds']:,.0f}"
-        rate = rate_of(results[f"{method}-s0"]["command"])
-        lines.append(f"| {STYLE[method][0]} | {rate} | {count} | {accuracy} | {costs} |")
+        costs = " | ".join(f"{end.get(name, 0):,.0f}" for name in ("value_tokens", "tokens", "seconds"))
+        lines.append(f"| {style_of(plan, method)[0]} | {rate} | {count} | {accuracy} | {costs} |")
     return lines
 
 
-def table_of_search(results):
+def table_of_pairs(plan, methods):
+    """Lines of Markdown: of each two methods, whether their intervals at the end are apart."""
+    order = sorted(methods, key=lambda m: -methods[m][-1]["accuracy"])
+    lines = [
+        "Whose interval at the end is above whose: the row's is above (+) or below (-) the column's, or they"
+        " overlap (empty). The best comes first.",
+        "",
+        f"| | {' | '.join(order)} |",
+        "|---" * (len(order) + 1) + "|",
+    ]
+    for row in order:
+        cells = []
+        for other in order:
+            mine, its = methods[row][-1], methods[other][-1]
+            gap = mine["accuracy"] - its["accuracy"]
+            apart = abs(gap) > mine["half"] + its["half"]
+            cells.append(("+" if gap > 0 else "-") if apart else "")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return lines
+
+
+def table_of_search(plan, results):
     """Lines of Markdown: the accuracy of each learning rate that was searched."""
     lines = [
         "The search: mean of the last two evaluations over the seeds 100 and 101.",
@@ -521,35 +481,33 @@ def table_of_search(results):
         "| method | learning rates |",
         "|---|---|",
     ]
-    for method, (_, _, _, search) in METHODS.items():
-        found = searched(method, results) if search is None else {}
-        if found:
-            cells = ", ".join(f"{told(rate)}: {value:.3f}" for rate, value in found.items())
+    for method in plan.methods:
+        found = plan.searched(method, results)
+        if None not in found.values():
+            cells = ", ".join(f"{rate}: {value:.3f}" for rate, value in found.items())
             lines.append(f"| {method} | {cells} |")
     return lines
 
 
-def draw():
-    """Pictures and tables, from the results alone."""
+def draw(plan):
+    """Pictures and tables, from the results alone, of the methods whose seeds have all ended."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = load_results()
-    methods = {m: evaluations(seeds_of(m, results)) for m in METHODS if seeds_of(m, results)}
+    results = plan.load_results()
+    curves = {m: seeds_of(plan, m, results) for m in plan.methods}
+    methods = {m: evaluations(found) for m, found in curves.items() if len(found) == plan.methods[m][1]}
     if not methods:
-        how = "`python experiments/compare.py run` makes them"
-        sys.exit(f"compare.py: no finished runs in {RESULTS}: {how}")
-    draw_costs(plt, methods, results)
-    if METHODS is SPEND:
-        lines = table_of_spending(methods, results)
-    else:
-        draw_more(plt, methods)
-        lines = table_of_methods(methods, results)
-    lines += ["", *table_of_search(results)]
-    (RESULTS.parent / f"{RESULTS.name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        how = f"`python experiments/compare.py {plan.task} run` makes them"
+        sys.exit(f"compare.py: no method with all its runs in {plan.results}: {how}")
+    draw_costs(plt, plan, methods)
+    draw_more(plt, plan, methods)
+    tables = table_of_methods(plan, methods, results), table_of_pairs(plan, methods)
+    text = "\n\n".join("\n".join(lines) for lines in (*tables, table_of_search(plan, results)))
+    (plan.results.parent / f"{plan.task}.md").write_text(text + "\n")
+    print(text)
 
 
 def main():

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from types import SimpleNamespace
@@ -12,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
+from transformers import AutoTokenizer
 
 import data
+from support import worded
 
 
 def run_chain(expression):
@@ -65,6 +69,51 @@ def test_the_demonstrator_slips_on_carries_and_borrows_alone_and_goes_on_from_th
         assert last == f"#### {value}"
     for op, rate in {"+": 0.15, "-": 0.15, "*": 0.55}.items():
         assert slipped[op] / hard[op] == pytest.approx(rate, abs=0.04)
+
+
+WORDED_LINE = re.compile(r"(\w+) ([+-]\d): [a-z ]+, [a-z]+ (\d+) [a-z]+ (\d+)")
+
+
+def test_worded_is_right_disjoint_and_seeded_and_its_errors_stay():
+    train, test = data.load("worded")
+    assert len({p.prompt for p in train}) == 20_000 and len(test) == 500
+    assert not {p.prompt for p in train} & {p.prompt for p in test}
+    assert data.load("worded") == (train, test)
+    hard = slipped = wrong = 0
+    for p in [*train[:3000], *test]:
+        start, told = p.text.removesuffix("?").split(" crates, ")
+        months, changes = told.split()[::2], [int(change) for change in told.split()[1::2]]
+        truth = value = int(start)
+        *lines, last = p.solution.splitlines()
+        for month, change, line in zip(months, changes, lines, strict=True):
+            found = WORDED_LINE.fullmatch(line)
+            assert found[1] == month and int(found[2]) == change and int(found[3]) == value
+            carries = not 0 <= value % 10 + change < 10
+            before, right, truth, value = value, value == truth, truth + change, int(found[4])
+            slip = value < max(0, before + change)
+            # a slip loses a ten, but never more than the stock has
+            assert (
+                value == max(0, before + change - 10 * slip) and (carries or not slip) and 20 <= truth < 100
+            )
+            assert right or value != truth  # no error is repaired
+            hard, slipped = hard + carries, slipped + slip
+        assert last == f"#### {value}" and p.answer == str(truth) and len(lines) == 12
+        wrong += value != truth
+    assert slipped / hard == pytest.approx(0.12, abs=0.01) and 0.4 < wrong / 3500 < 0.6
+
+
+def test_the_lines_of_worded_are_free_and_its_tokens_spell_them(tmp_path):
+    worded.tiny_model(tmp_path, 0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    problems, firsts = data.load("worded")[1][:200], Counter()
+    for p in problems:
+        ids = tokenizer(p.prompt + p.solution, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == p.prompt + p.solution and tokenizer.pad_token_id not in ids
+        for line in p.solution.splitlines()[:-1]:
+            assert 15 <= len(tokenizer(line)["input_ids"]) <= 40
+            firsts[line.split()[2]] += 1
+    # equally good: none of them is drawn much more often
+    assert set(firsts) == set(worded.OPENINGS) and max(firsts.values()) < 1.5 * min(firsts.values())
 
 
 def test_gsm8k_and_math_load_by_path(shared_data):
@@ -251,7 +300,9 @@ def test_bad_files_get_one_clear_line(tmp_path, name, content, words):
 
 
 def test_unknown_names_and_missing_files(tmp_path):
-    with pytest.raises(ValueError, match="--dataset mth is not known: use math, gsm8k, arithmetic"):
+    with pytest.raises(
+        ValueError, match="--dataset mth is not known: use math, gsm8k, arithmetic, worded, or the path"
+    ):
         data.load("mth")
     with pytest.raises(ValueError, match="no such file or folder"):
         data.load(tmp_path / "none.jsonl")

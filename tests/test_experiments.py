@@ -31,67 +31,95 @@ def result(accuracies, tokens=100, seconds=2.0):
     return dict(start="0", curve=curve, command="")
 
 
-def searches(method, curve):
-    """{name: result}: the search of a method, with the same curve for every rate and seed."""
-    rates = compare.METHODS[method][1]
-    return {compare.search_name(method, rate, seed): curve for rate in rates for seed in compare.SEARCH_SEEDS}
+@pytest.fixture
+def plan(tmp_path):
+    """The comparison on arithmetic, its results in a folder of the test's."""
+    plan = compare.Plan("arithmetic")
+    plan.results = tmp_path / "results" / "arithmetic"
+    plan.results.mkdir(parents=True)
+    return plan
 
 
-def test_every_planned_command_is_one_that_train_accepts():
-    for method, (command, rates, seeds, search) in [x for p in compare.PLANS.values() for x in p.items()]:
-        assert seeds in compare.T95 and (search is None or compare.METHODS[search][1] == rates)
-        for rate in rates if command.startswith("train.py") else ():
-            s = train.parse_settings([*command.split()[1:], "--learning_rate", *rate.split()])
+def searches(method, curves):
+    """{name: result}: the search of a method: {rate: the curve for both of its seeds}."""
+    return {
+        compare.search_name(method, rate, s): c for rate, c in curves.items() for s in compare.SEARCH_SEEDS
+    }
+
+
+def search_won_by(method, best):
+    """The search's results of three rates, of which the one in the middle is the best."""
+    place = compare.LADDER.index(best)
+    rates = compare.LADDER[place - 1 : place + 2]
+    return searches(method, {rate: result([0, 0.5, 0.6 if rate == best else 0.5]) for rate in rates})
+
+
+@pytest.mark.parametrize("task", compare.METHODS)
+def test_every_planned_command_is_one_that_train_accepts(task):
+    plan, steps = compare.Plan(task), {"arithmetic": 160, "worded": 120}[task]
+    for method, (command, seeds) in plan.methods.items():
+        assert seeds in compare.T95 and compare.style_of(plan, method)
+        if command.startswith("train.py"):
+            options = [*command.split()[1:], "--learning_rate", "1e-4", *plan.arguments_of("run")]
+            s = train.parse_settings(options)
             train.check(s, 1)
             episodes = s.prompts_per_iteration * s.responses_per_prompt
             # all RL methods make as many optimizer steps
-            assert s.iterations * s.epochs * episodes // s.minibatch == 160, method
-            assert method in compare.STYLE or search
+            assert s.iterations * s.epochs * episodes // s.minibatch == steps, method
+            count = re.search(r"-(\d+)$", method)
+            assert episodes == (int(count[1]) if count else 16) and s.dataset == task
 
 
 @pytest.mark.parametrize("method, module", [("restem", restem), ("dpo", dpo)])
-def test_every_planned_command_of_a_baseline_is_one_that_it_accepts(method, module):
-    command, rates, *_ = compare.METHODS[method]
-    for rate in rates:
-        options = [*command.split()[2:], "--learning_rate", rate]
-        s, given = parse(module.Settings, options, module.__doc__, train.PRESETS, other=dict(model=None))
-        assert s.learning_rate == float(rate) and (s.rounds, s.batch, s.temperature) == (3, 32, 1.0)
+@pytest.mark.parametrize("task", compare.METHODS)
+def test_every_planned_command_of_a_baseline_is_one_that_it_accepts(task, method, module):
+    plan = compare.Plan(task)
+    options = [*plan.methods[method][0].split()[2:], "--learning_rate", "1e-4", *plan.arguments_of("run")]
+    s, given = parse(module.Settings, options, module.__doc__, train.PRESETS, other=dict(model=None))
+    assert s.learning_rate == 1e-4 and (s.rounds, s.batch, s.temperature) == (3, 32, 1.0)
 
 
-def test_the_seeds_that_count_wait_for_the_search_and_use_the_best_rate():
-    plan = compare.planned({})
-    assert all(name.startswith("search-") for name in plan)
-    found = searches("rloo", result([0, 0, 0.5, 0.5]))
-    best = compare.LR[1]
-    found[compare.search_name("rloo", best, 100)] = result([0, 0, 0.5, 0.6])
-    assert compare.chosen_rate("rloo", found) == compare.chosen_rate("rloo-T0.6", found) == best
-    plan = compare.planned(found)
-    assert all(plan[f"rloo-s{seed}"].endswith(f"--learning_rate {best} --seed {seed}") for seed in range(5))
-    assert set(found) < set(plan) and "grpo-s0" not in plan
+def test_the_seeds_that_count_wait_for_the_search_and_use_the_best_rate(plan):
+    first = plan.commands({})
+    assert all(name.startswith("search-") for name in first)
+    found = search_won_by("rloo", "1e-4")
+    assert plan.chosen_rate("rloo", found) == "1e-4"
+    later = plan.commands(found)
+    assert all(later[f"rloo-s{seed}"].endswith(f"--learning_rate 1e-4 --seed {seed}") for seed in range(8))
+    assert set(found) < set(later) and "grpo-s0" not in later
 
 
-def planned_results(curves):
+def test_a_search_widens_until_its_best_is_at_no_edge(plan):
+    accuracy = {"1e-5": 0.3, "2e-5": 0.6, "5e-5": 0.5, "1e-4": 0.4, "2e-4": 0.3}
+    found, searched = {}, []
+    while plan.chosen_rate("rloo", found) is None:
+        (rate, *_) = [r for r, mean in plan.searched("rloo", found).items() if mean is None]
+        searched.append(rate)
+        found |= searches("rloo", {rate: result([0, accuracy[rate], accuracy[rate]])})
+    assert plan.chosen_rate("rloo", found) == "2e-5" and sorted(searched) == sorted(accuracy)
+
+
+def planned_results(plan, curves):
     """The curves as results of the commands planned for them; the search first: the others follow
     from it.
     """
     found = {}
     for name in sorted(curves, key=lambda name: not name.startswith("search-")):
-        found[name] = curves[name] | dict(command=compare.planned(found).get(name, "an older one"))
+        found[name] = curves[name] | dict(command=plan.commands(curves).get(name, "an older one"))
     return found
 
 
-def test_results_of_other_commands_do_not_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    curves = searches("rloo", result([0, 0.5, 0.5]))
-    found = planned_results(curves | {f"rloo-s{seed}": result([0, 1]) for seed in (0, 1, 9)})
-    found["rloo-s1"]["command"] = found["rloo-s1"]["command"].replace(compare.LR[0], compare.LR[1])
+def test_results_of_other_commands_do_not_count(plan):
+    search = search_won_by("rloo", "1e-4")
+    found = planned_results(plan, search | {f"rloo-s{seed}": result([0, 1]) for seed in (0, 1, 9)})
+    found["rloo-s1"]["command"] = found["rloo-s1"]["command"].replace("1e-4", "2e-4")
     for name, r in found.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(r))
-    assert set(compare.load_results()) == set(found) - {"rloo-s1", "rloo-s9"}
-    stale = compare.search_name("rloo", compare.LR[2], 100)
-    (tmp_path / f"{stale}.json").write_text(json.dumps(found[stale] | dict(command="an older one")))
+        (plan.results / f"{name}.json").write_text(json.dumps(r))
+    assert set(plan.load_results()) == set(found) - {"rloo-s1", "rloo-s9"}
+    stale = compare.search_name("rloo", "2e-4", 100)
+    (plan.results / f"{stale}.json").write_text(json.dumps(found[stale] | dict(command="an older one")))
     # the search is not complete, so no rate is chosen
-    assert set(compare.load_results()) == set(curves) - {stale}
+    assert set(plan.load_results()) == set(search) - {stale}
 
 
 def test_evaluations_over_seeds():
@@ -105,33 +133,26 @@ def test_evaluations_over_seeds():
     assert middle["train"] == pytest.approx(statistics.mean(range(5, 16)) / 100)
     assert end["train"] == pytest.approx(0.175)
     assert end["kl"] == pytest.approx(statistics.mean(range(11, 21)) / 10)
-    points = [start, middle, end]
-    assert compare.reach(points, 0.55, "tokens") == pytest.approx(500)
-    assert compare.reach(points, 0.71, "tokens") is None
-    assert compare.reach(points, 0.3, "tokens") == 0
 
 
-def test_pictures_and_table_come_from_the_results_alone(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "results" / "compare"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(compare, "RESULTS", folder)
-    with pytest.raises(SystemExit, match="no finished runs"):
-        compare.draw()
-    runs = {f"vineppo-K9-s{seed}": result([0.4, 0.5, 0.6 + seed / 100]) for seed in range(5)}
-    # not all of PPO's have ended
-    runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5], tokens=10) for seed in range(2)}
-    for method in ("vineppo-K9", "ppo"):
-        runs |= searches(method, result([0, 0.5, 0.5]))
-    for name, r in planned_results(runs).items():
-        (folder / f"{name}.json").write_text(json.dumps(r))
-    compare.draw()
-    table = (folder.parent / "compare.md").read_text()
-    assert table == capsys.readouterr().out
-    cells = "2e-5 | 5 | 0.620 ± 0.020 | 0.620 | 40 | 1,000 | 20 | 2,000 | 40"
-    assert f"| VinePPO, K = 9 | {cells} |" in table
-    assert "| PPO | 1e-5 | 2 | 0.500 ± 0.000 | 0.500 | 80 | 200 | 40 | 200 | 40 |" in table
-    for picture in ("compare.png", "compare-more.png"):
-        assert (folder.parent / picture).stat().st_size > 20_000
+def test_pictures_and_tables_come_from_the_results_alone(plan, capsys):
+    with pytest.raises(SystemExit, match="no method with all its runs"):
+        compare.draw(plan)
+    runs = {f"K9-s{seed}": result([0.4, 0.5, 0.6 + seed / 100]) for seed in range(8)}
+    runs |= {f"rloo-32-s{seed}": result([0.4, 0.45, 0.5], tokens=10) for seed in range(8)}
+    runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5]) for seed in range(2)}  # not all of PPO's have ended
+    for method in ("K9", "rloo-32", "ppo"):
+        runs |= search_won_by(method, "1e-4")
+    for name, r in planned_results(plan, runs).items():
+        (plan.results / f"{name}.json").write_text(json.dumps(r))
+    compare.draw(plan)
+    tables = (plan.results.parent / "arithmetic.md").read_text()
+    assert tables == capsys.readouterr().out
+    assert "| VinePPO, K = 9 | 1e-4 | 8 | 0.400 | 0.635 ± 0.020 | 0 | 2,000 | 40 |" in tables
+    assert "| RLOO, 32 responses | 1e-4 | 8 | 0.400 | 0.500 ± 0.000 | 0 | 200 | 40 |" in tables
+    assert "| K9 |  | + |\n| rloo-32 | - |  |" in tables and "| PPO |" not in tables
+    for picture in ("arithmetic.png", "arithmetic-more.png"):
+        assert (plan.results.parent / picture).stat().st_size > 20_000
 
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & \u202e \x1b[2J"
@@ -387,8 +408,8 @@ def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, devi
 
 
 def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of):
-    code, _, said = main_of(compare, "again", "vineppo-K10-s0")
-    assert code == 1 and "there is no run vineppo-K10-s0: name one of " in said and "vineppo-K9-s0" in said
+    code, _, said = main_of(compare, "arithmetic", "again", "K10-s0")
+    assert code == 1 and "there is no run K10-s0: name one of " in said and "search-K9-lr1e-4-s100" in said
 
 
 @pytest.mark.parametrize("program", [values, gradients])

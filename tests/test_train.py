@@ -338,7 +338,7 @@ def test_evaluation_alone(tmp_path, tiny_model):
 # --- bad input ---
 
 BAD_INPUT = [  # arguments, ranks, what the message says
-    ("--dataset mth", 1, "--dataset mth is not known: use math, gsm8k, arithmetic"),
+    ("--dataset mth", 1, "--dataset mth is not known: use math, gsm8k, arithmetic, worded"),
     ("--dataset none/mine.jsonl --model {model}", 1, "none/mine.jsonl: no such file"),
     ("--dataset {empty} --model {model}", 1, "empty.jsonl is empty"),
     ("--dataset {broken} --model {model}", 1, "broken.jsonl cannot be read: line 2"),
