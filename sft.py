@@ -150,13 +150,14 @@ def main():
     if first and skipped:
         total = skipped + len(episodes)
         print(f"skipped {skipped} of {total} sequences: longer than --max_tokens {s.max_tokens}")
-    progress = tqdm(disable=not first, desc="sft", unit="step")
+    often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines
+    progress = tqdm(disable=not first, desc="sft", unit="step", dynamic_ncols=True, mininterval=often)
     options = dict(
         epochs=s.epochs, batch=s.batch, micro_batch_size=s.micro_batch, peak=s.learning_rate, seed=s.seed
     )
     for _, steps, loss in finetune(policy, episodes, device, **options):
         progress.total = steps
-        progress.set_postfix(loss=f"{loss:.3f}")
+        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
         progress.update()
     progress.close()
     Path(s.out).mkdir(parents=True, exist_ok=True)

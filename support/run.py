@@ -207,11 +207,9 @@ class Run:
         self.warned = True
 
     def _show(self, metrics):
-        shown = dict(
-            reward=f"{metrics['reward']:.2f}", acc="-" if self.accuracy is None else f"{self.accuracy:.3f}"
-        )
-        shown |= dict(kl=f"{metrics['kl']:.3f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
-        self.progress.set_postfix(shown, refresh=False)
+        accuracy = "-" if self.accuracy is None else f"{self.accuracy:.3f}"
+        shown = dict(reward=f"{metrics['reward']:.2f}", acc=accuracy, kl=f"{metrics['kl']:.3f}")
+        self.progress.set_postfix(shown, refresh=False)  # fits 80 columns
         self.progress.update()
 
     # --- saving ---
