@@ -24,7 +24,6 @@ LOOKS = """fresh heavy light green brown plain wooden broken painted dusty shiny
     cheap fine""".split()
 THINGS = """crates boxes chests barrels baskets sacks bags bundles parcels cases jars tins bottles
     cans tubs packets""".split()
-
 LINKS = "so thus and then hence therefore whereby which".split()
 BECAME = "became turned made gave left changed went moved".split()
 
@@ -60,8 +59,8 @@ def _demonstrate(value, changes, slip, rng):
     lines = []
     for month, change in zip(MONTHS, changes):
         carries = not 0 <= value % 10 + change < 10
-        result = value + change - (10 if carries and rng.random() < slip else 0)
-        result = max(0, result)  # the stock is empty
+        lost = 10 if carries and rng.random() < slip else 0
+        result = max(0, value + change - lost)  # a stock that seems empty stays so
         lines.append(_line(month, change, value, result, rng.choice))
         value = result
     return "\n".join([*lines, f"#### {value}"])
@@ -75,24 +74,11 @@ def _line(month, change, value, result, pick):
 
 
 def tiny_model(folder, seed):
-    """Write a Llama of about 0.5M parameters, and a tokenizer with one token per word or digit."""
-    words = [
-        *MONTHS,
-        *ARTICLES,
-        *PEOPLE,
-        *MANNERS,
-        *ADDED,
-        *TAKEN,
-        *LOOKS,
-        *THINGS,
-        *OPENINGS,
-        *LINKS,
-        *BECAME,
-    ]
-    words += [f"{n:+d}" for n in range(-9, 10) if n]
-    digits = "0123456789"
-    tokens = [*digits, "\n", ",", ":", "?", "####", *MONTHS, *(f" {word}" for word in [*words, *digits])]
+    """Write a Llama of about 0.5M parameters, and a tokenizer with one token per word, digit or change."""
+    lists = MONTHS, ARTICLES, PEOPLE, MANNERS, ADDED, TAKEN, LOOKS, THINGS, OPENINGS, LINKS, BECAME
+    after_space = [word for words in lists for word in words]
+    after_space += [f"{change:+d}" for change in range(-9, 10) if change]
+    tokens = [*"0123456789\n,:?", "####", *MONTHS, *(f" {word}" for word in [*after_space, *"0123456789"])]
     pattern = r"\n|[,:?]| [+-]\d| ?\d| ?[^\s\d,:?]+"
-    write_model(
-        folder, seed, dict.fromkeys(tokens), pattern, num_hidden_layers=2, max_position_embeddings=320
-    )
+    sizes = dict(num_hidden_layers=2, max_position_embeddings=320)
+    write_model(folder, seed, dict.fromkeys(tokens), pattern, **sizes)
