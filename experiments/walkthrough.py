@@ -67,14 +67,14 @@ TEXT = """
 # One problem, from prompt to update
 
 Made by `python experiments/walkthrough.py` from the policy that `make demo` fine-tunes before RL; every number comes
-from the functions that train.py calls, but for those "by hand", which are recomputed from the formula. The task is
-arithmetic from left to right, without precedence, one line an operation. The policy learned from solutions with slips
-(a forgotten carry), so it slips too. ⏎ is a line end.
+from the functions that train.py calls, but for those in columns "formula", which are computed here once more. The task
+is arithmetic from left to right, without precedence, one line an operation. The policy learned from solutions with
+slips (a forgotten carry), so it slips too. ⏎ is a line end.
 
 ## 1. The prompt
 
-{at[data.encode]} turns the problem into token ids, once; from here on only ids travel. This tokenizer has a token
-for each character, and 1 begins every text (BOS).
+{at[data.encode]} turns the problem into token ids, once. The engine and the trainer only ever get ids; text is for
+cutting and grading. This tokenizer has a token for each character, and 1 begins every text (BOS).
 
 {prompt}
 
@@ -108,8 +108,9 @@ into other tokens, and the value would be that of a state that the response neve
 
 ## 5. K = {K} rollouts from each
 
-{at[vine:Vine.start]} submits a state as soon as its response has ended. A rollout continues it by the same policy and
-settings; no gradient flows through it. The first three of the rollouts from three of the states (`..` is the state):
+{at[vine:Vine.start]} submits the states of a response as soon as that response has ended. A rollout continues a state
+by the same policy and settings; no gradient flows through it. The first three of the rollouts from three of the states,
+with their reward (`..` is the state; a rollout from a wrong line is "right" where a second slip cancels the first):
 
 {rollouts}
 
@@ -118,14 +119,16 @@ settings; no gradient flows through it. The first three of the rollouts from thr
 V(s_t) is the mean reward of its K rollouts ({at[vine.monte_carlo_value]}): no network has to learn it, since text can
 be reset to any of its prefixes. The advantage of step t is how the value changed in it, A_t = V(s_{{t+1}}) - V(s_t),
 and R - V(s_t) for the last step ({at[vine.step_advantages]}). The standard error of V is sqrt(V (1 - V) / K); that of
-A comes from both. (Where all K agree the formula says 0; 9 of 9 means no more than that V is likely above 0.7.)
+A comes from both values, and as neighbours share one, their errors have opposite signs. (Where all K agree the formula
+says 0; 9 of 9 means no more than that V is likely above 0.7.)
 
 {values}
 
 The A of a response add up to R - V(s_0), what it did better or worse than expected. A measures the chance of a reward,
 not correctness: a line that is right in itself loses value if the policy might have slipped there in a way that
-cancelled an earlier slip. And an A within its error is noise. It averages out over the iterations; more rollouts, or
-averages over the values of several states ({at[vine.targets_and_baselines]}), make it smaller.
+cancelled an earlier slip. And an A within its error is noise. Noise averages out over the iterations. More rollouts
+make it smaller; so do averages of the values along a response, an option that is off here
+({at[vine.targets_and_baselines]}).
 
 ## 7. Tokens, whitened
 
@@ -136,7 +139,7 @@ deviation (n - 1) {deviation}.
 
 {white}
 
-An A of 0 becomes minus the mean over the deviation, which is small and the same for all.
+An A of 0 becomes -(mean) / (deviation), which is small and the same for all. From here on A is the whitened one.
 
 ## 8. The loss of five tokens
 
@@ -144,54 +147,60 @@ pi is the policy that is trained, pi_old the one that sampled, pi_ref the one be
 same. One optimizer step was made ({at[ppo:Trainer.update]}: AdamW, learning rate {rate:g}, whose first step moves every
 weight by about that much). For the next one on the same responses {at[ppo.ppo_loss]} compares pi with pi_old:
 ratio = exp(log pi - log pi_old). A token's part of the policy loss is max(-A ratio, -A clip(ratio, 0.8, 1.2)), and the
-KL to the reference is estimated by exp(d)-d-1 with d = log pi_ref - log pi ({at[ppo.k3]}). Log-probabilities come from
-one pass over all responses, one after the other in a row ({at[model.Policy]}). The five tokens with the largest change
-of log pi, by their place in the response:
+KL to the reference is estimated by exp(d)-d-1 with d = log pi_ref - log pi ({at[ppo.k3]}). All responses are packed
+into one row and take one forward pass ({at[model.Policy]}). These are the five tokens whose log pi changed most, named
+by their place in the response, from 0:
 
 {five}
 
-The policy loss is averaged over tokens, the KL summed over them. The same function on these five tokens alone:
+The policy loss is the mean over the tokens of a minibatch. The KL is a sum over each response's tokens, averaged over
+responses, as in the released code. The loss is the first plus {kl_coef:g} times the second. The same function on these
+five tokens alone:
 
 {five_together}
 
 A clipped token gets no gradient from the policy loss: it has moved beyond the range in the direction of its
-advantage, here in one step, which the clip cannot undo. It only keeps the next steps from going further. A token that
-moved against its advantage is never clipped, so it can come back; the weights are shared, so pushing some tokens moves
-others. Where the two responses part ways their tokens are the alternatives of one state: as one rises the other falls.
+advantage. Here one optimizer step did that. The clip does not undo such a move; it keeps the next optimizer steps from
+going further. A token beyond the range on the other side, against its advantage, would not be clipped, so it can come
+back; the weights are shared, so pushing some tokens moves others. Where the two responses part ways their tokens are
+alternatives after the same prefix: as one rises the other falls.
 
 ## 9. Who is blamed
 
 In the wrong response the value falls most at `{fallen}`, and the token of it that the policy was least sure of is
 `{unsure}`. RLOO (REINFORCE, leave one out) has no values: every token gets R minus the other response's R, +1 in the
-right one and -1 in the wrong one ({at[baselines.groups:rloo]}). The change of that token's log-probability in one
-optimizer step from the same start, and the mean absolute change over the tokens of the response's other steps:
+right one and -1 in the wrong one ({at[baselines.groups:rloo]}), not whitened. The change of that token's
+log-probability in one optimizer step from the same start, and the mean absolute change over the tokens in the other
+lines of the wrong response:
 
 {moves}
 
 They are much alike because of this task: the policy is nearly sure of almost all other tokens, so there is little to
-blame wrongly. In language many tokens are free, and RLOO pushes at all of them. How much that is worth is measured by
-the noise of the gradient ([results.md](results.md#the-same-credit-for-fewer-rollouts)), not by this one step.
+blame wrongly. Where the two responses are still alike RLOO's +1 and -1 even cancel, while VinePPO gives the shared step
+its one A twice, noise included. In language many tokens are free, and RLOO pushes at all of them. One optimizer step
+cannot show what that costs. The noise of the gradient over many batches can: [when-it-pays.md](when-it-pays.md).
 
 ## 10. The same cuts in LaTeX
 
 A solution with LaTeX, as in the MATH dataset, is cut by other rules of {at[steps.split_steps]}: at line ends, at ends
-of sentences outside of formulas, at the lines of a displayed formula; a piece of more than 100 characters is cut again,
-outside of formulas if a comma, "and", ":" or "to" leaves enough on both sides, else after "=" inside of one. A piece
-that would be too short joins its neighbour (`\\begin{{align*}}` is no step). White space begins the next step.
+of sentences outside of formulas, at the lines of a displayed formula. A piece of more than {rules.LONG} characters is
+cut again near its middle: outside of formulas after a comma, "and", ":" or "to", if that leaves {rules.HALF_TEXT}
+characters on both sides, else inside of one after "=", if that leaves {rules.HALF_FORMULA}. A fragment of fewer than
+{rules.SHORT} characters joins its neighbour (`\\begin{{align*}}` is no step). White space begins the next step.
 
 {latex}
 
 The tokens of a language model may span a cut, as `{spanning}` does in this made-up example. It belongs to the step
-before, whose text is then one word longer for the engine than for the reader ({at[steps.token_starts]} finds the
-character at which each token begins):
+before it; so a rollout that continues after that step begins with a word of the next one ({at[steps.token_starts]}
+finds the character at which each token begins):
 
 {tokens}
 
 ## What was left out
 
-An iteration has 64 problems x 8 responses on several GPUs: {at[vine:Vine.deal]} moves waiting states to the engines
-with less to do, and {at[model.ChunkedLogprobs]} makes log-probabilities without holding the logits of all tokens. The
-loop that calls it all is {at[train.train]}.
+An iteration of the paper has 64 problems x 8 responses and 16 optimizer steps, on several GPUs: {at[vine:Vine.deal]}
+moves waiting states to the engines with less to do, and {at[model.ChunkedLogprobs]} makes log-probabilities without
+holding the logits of all tokens. The loop that calls it all is {at[train.train]}.
 """
 
 
@@ -364,6 +373,8 @@ def page(walk):
         rollouts="\n".join(rollouts_of(title, state, decode) for title, state in chosen.items()),
         values="\n".join(table_of_values(name, e, k, decode) for name, e in both.items()),
         rate=walk.s.learning_rate,
+        kl_coef=walk.s.kl_coef,
+        rules=steps,
         latex=latex(),
         **across_a_cut(),
     )
@@ -446,11 +457,11 @@ def whitening(both, decode):
     for name, e in both.items():
         for a, b, text in zip(e.boundaries, e.boundaries[1:], pieces(e, decode)):
             value, by_function = advantages[offset + a].item(), white[offset + a].item()
-            by_hand = (value - mean) / deviation
-            numbers = f"{value:+.4f}", f"{by_function:+.4f}", f"{by_hand:+.4f}"
+            by_formula = (value - mean) / deviation
+            numbers = f"{value:+.4f}", f"{by_function:+.4f}", f"{by_formula:+.4f}"
             rows.append((name, f"`{shown(text)}`", b - a, *numbers))
         offset += len(e.response_ids)
-    head = ["response", "step", "tokens", "A", "whitened", "by hand"]
+    head = ["response", "step", "tokens", "A", "whitened", "formula"]
     return dict(
         white=table(head, rows), count=len(advantages), mean=f"{mean:+.5f}", deviation=f"{deviation:.5f}"
     )
@@ -462,26 +473,26 @@ def five_tokens(both, old, new, reference, decode):
     n, ids = len(right.response_ids), right.response_ids + wrong.response_ids
     white = ppo.whiten(torch.tensor(right.advantages + wrong.advantages))
     five = sorted(torch.topk((new - old).abs(), 5).indices.tolist())
-    rows, by_hand = [], []
+    rows, by_formula = [], []
     for i in five:
         ratio, a = math.exp(new[i].item() - old[i].item()), white[i].item()
         loss = max(-a * ratio, -a * min(max(ratio, 0.8), 1.2))
         d = reference[i].item() - new[i].item()
         kl, clipped = math.exp(d) - d - 1, loss > -a * ratio
-        by_hand.append((loss, kl, clipped))
+        by_formula.append((loss, kl, clipped))
         token = f"{'right' if i < n else 'wrong'} {i % n if i < n else i - n}: `{shown(decode([ids[i]]))}`"
         numbers = f"{old[i]:.3f}", f"{new[i]:.3f}", f"{ratio:.3f}", f"{a:+.3f}", f"{loss:+.3f}"
         rows.append((token, *numbers, "yes" if clipped else "", f"{kl:.4f}"))
     head = ["token", "log pi_old", "log pi", "ratio", "A, whitened", "policy loss", "clipped", "KL"]
     take = torch.tensor(five)
     _, metrics = ppo.ppo_loss(new[take], old[take], reference[take], white[take], 1, clip=0.2, kl_coef=1.0)
-    losses, kls, limited = zip(*by_hand)
+    losses, kls, limited = zip(*by_formula)
     together = [
         ("mean policy loss", f"{metrics['policy_loss']:+.5f}", f"{statistics.mean(losses):+.5f}"),
         ("sum of KL", f"{metrics['kl_loss']:.5f}", f"{sum(kls):.5f}"),
         ("share that is clipped", f"{metrics['clip_fraction']:.2f}", f"{statistics.mean(limited):.2f}"),
     ]
-    return dict(five=table(head, rows), five_together=table(["", "ppo_loss", "by hand"], together))
+    return dict(five=table(head, rows), five_together=table(["", "ppo_loss", "formula"], together))
 
 
 def blame(walk, both, old, new):

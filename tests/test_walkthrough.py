@@ -20,7 +20,7 @@ def test_every_link_names_the_line_of_its_function():
 
 def test_the_text_of_the_page_is_that_of_the_program():
     """But for what the run fills in."""
-    parts = re.split(r"\{(?:\w+(?:\[[\w.:]+\])?(?::\w+)?)\}", walkthrough.TEXT)
+    parts = re.split(r"\{(?:\w+(?:\.\w+|\[[\w.:]+\])?(?::\w+)?)\}", walkthrough.TEXT)
     page, position = " ".join(PAGE.split()), 0
     for part in parts:
         words = " ".join(part.replace("{{", "{").replace("}}", "}").split())
