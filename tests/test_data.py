@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import data
+import train
 from support import worded
 
 
@@ -114,6 +115,16 @@ def test_the_lines_of_worded_are_free_and_its_tokens_spell_them(tmp_path):
             firsts[line.split()[2]] += 1
     # equally good: none of them is drawn much more often
     assert set(firsts) == set(worded.OPENINGS) and max(firsts.values()) < 1.5 * min(firsts.values())
+
+
+@pytest.mark.parametrize("task", data.BUILT_IN)
+def test_the_presets_of_a_built_in_task_fit_its_problems_and_model(task, tmp_path):
+    data.BUILT_IN[task].tiny_model(tmp_path, 0)
+    tokenizer, s = AutoTokenizer.from_pretrained(tmp_path), train.parse_settings(["--dataset", task])
+    problems, skipped = data.encode(data.load(task)[1], tokenizer, s.max_sequence - s.max_tokens)
+    longest = max(len(tokenizer(p.solution)["input_ids"]) for p in problems)  # BOS for EOS
+    assert skipped == 0 and longest < 0.9 * s.max_tokens
+    assert s.max_sequence <= AutoConfig.from_pretrained(tmp_path).max_position_embeddings
 
 
 def test_gsm8k_and_math_load_by_path(shared_data):
