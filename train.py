@@ -1,7 +1,6 @@
 """VinePPO (arXiv 2410.01679): PPO for LLM reasoning, with values measured by rollouts, not by a network.
 
-    python train.py --dataset arithmetic --model runs/sft      # one process, GPU or CPU; see `make demo`
-    torchrun --nproc_per_node=2 train.py --dataset arithmetic --model runs/sft
+    torchrun --nproc_per_node=2 train.py --dataset arithmetic --model runs/sft     # GPU or CPU; see `make demo`
     torchrun --nproc_per_node=8 train.py --dataset math        # the paper's Rho-1B run
     torchrun --nproc_per_node=8 train.py --dataset math --run_dir runs/math-7b \
         --model realtreetune/deepseekmath-7b-sft-MATH-v2 --max_sequence 2499       # DeepSeekMath-7B's
@@ -121,17 +120,16 @@ class Settings:
     trust_remote_code: bool = setting(False, "let a hub model run code of its own", may_change=True)
 
 
-_TINY = dict(  # of the built-in tasks
-    prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, stop=None,
-    learning_rate=1e-4, minibatch=32, micro_batch_tokens=4096, iterations=80, eval_every=20, eval_samples=2,
+BUILT_IN = dict(  # of the built-in tasks; gpu_memory: a tiny model's cache has many blocks
+    iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, stop=None,
+    learning_rate=1e-4, minibatch=32, micro_batch_tokens=4096, eval_every=20, eval_samples=2, gpu_memory=0.1,
     eval_temperature=1.0, eval_top_p=1.0, save_every=40, store_every=20,
-    gpu_memory=0.1,  # a tiny model's cache has many blocks
 )  # fmt: skip
 PRESETS = {  # what differs from the values above; any other dataset has those, and no model
     "math": {},
     "gsm8k": dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
-    "arithmetic": _TINY | dict(model="runs/sft", max_tokens=128, max_sequence=160),
-    "worded": _TINY | dict(model="runs/sft-worded", max_tokens=256, max_sequence=320),
+    "arithmetic": BUILT_IN | dict(model="runs/sft", max_tokens=128, max_sequence=160),
+    "worded": BUILT_IN | dict(model="runs/sft-worded", max_tokens=256, max_sequence=320),
 }
 
 
