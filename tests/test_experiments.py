@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import train
 from baselines import dpo, restem
 from episode import Completion, Episode, State
-from experiments import balance, compare, gradients, naive, plot, show, values
+from experiments import balance, compare, gradients, naive, peers, plot, show, values
 from model import load_sharded
 from ppo import Trainer
 from support.run_folder import write_solutions
@@ -410,6 +410,25 @@ def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, devi
 def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of):
     code, _, said = main_of(compare, "arithmetic", "again", "K10-s0")
     assert code == 1 and "there is no run K10-s0: name one of " in said and "search-K9-lr1e-4-s100" in said
+
+
+def test_peers_takes_ratios_round_by_round(tmp_path, monkeypatch, main_of):
+    monkeypatch.setattr(peers, "RESULTS", tmp_path / "peers.json")
+    code, _, said = main_of(peers, "--draw")
+    assert code == 1 and "peers.json is missing" in said
+    code, _, said = main_of(peers, "--model", tmp_path)
+    assert code == 1 and f"--model {tmp_path} is no model's folder" in said
+    other = dict(cpu=1.0, gb=1.0, accuracy_20=0.5, accuracy_60=0.5)
+    rounds = [
+        dict(trl=dict(wall=2.0), vineppo=dict(wall=1.0)),
+        dict(trl=dict(wall=4.0), vineppo=dict(wall=4.0)),
+    ]
+    rounds = [{name: found | other for name, found in r.items()} for r in rounds]
+    (tmp_path / "peers.json").write_text(json.dumps(rounds))
+    assert main_of(peers, "--draw")[0] == 0
+    # (1 / 2 + 4 / 4) / 2, not 5 / 6; standard errors of two values: half their difference
+    line = "| wall seconds an iteration | 3.000 ± 1.000 | 2.500 ± 1.500 | 0.75 ± 0.25 |"
+    assert line in (tmp_path / "peers.md").read_text()
 
 
 @pytest.mark.parametrize("program", [values, gradients])
