@@ -9,7 +9,9 @@ of responses to training problems are sampled, without a nucleus; all estimators
 E|g|^2 is the second moment of the plain policy gradient (no whitening, clipping or KL); the signal is
 |E g|^2, estimated without bias by the products of different batches; the noise is what is left. The
 signal is the same for all of them. Nearly: where a step ends may depend on what follows it, as with
-"#### n", and then a state's value is no pure baseline.
+"#### n", and then a state's value is no pure baseline. Most of the noise may be in directions in which
+the expected reward does not change. So the second half of the batches also tells the variance of g . u, the
+component along the mean u of the first half's gradients, by K = 9.
 
     K=1, 2, 3, 9             VinePPO with so many rollouts from each state
     l, m                     --gae_lambda l --baseline_smoothing m: averages of several states' values
@@ -134,7 +136,8 @@ def bias_of_adaptive(episodes):
 
 
 def batches(analysis, problems):
-    """(Of each batch: {estimators: {name: |g|^2}, tokens: {name: of its rollouts}, response_tokens, bias};
+    """(Of each batch: {estimators: {name: |g|^2}, along: {name: g . u, or nothing in the first half},
+    tokens: {name: of its rollouts}, response_tokens, bias};
     {name: the products of the gradients' sums over the BLOCKS, [BLOCKS][BLOCKS]}).
     """
     import torch
@@ -142,26 +145,34 @@ def batches(analysis, problems):
 
     from support.ranks import sum_over_ranks
 
-    a, s, out, sums = analysis.arguments, analysis.s, [], {}
+    a, s, out, sums, direction = analysis.arguments, analysis.s, [], {}, None
     rank, world = dist.get_rank(), dist.get_world_size()
     prompts = -(-PROMPTS // world) * world
     for number in range(a.batches):
         rng = random.Random(a.seed * 1_000_003 + number)
         drawn = rng.choices(problems, k=prompts)[rank::world]
         episodes = analysis.solutions(drawn, RESPONSES, top_p=1.0)
-        squares, tokens = {}, {}
+        squares, along, tokens = {}, {}, {}
+        if number == a.batches // 2:  # u: from here on, where the first half's gradients point
+            direction = torch.stack(sums["K=9"]).sum(0)
+            direction /= sum_over_ranks((direction**2).sum().to(analysis.device)).sqrt().cpu()
         for name, (per_token, count) in advantages(analysis, episodes).items():
             how = s.temperature, analysis.device
             squares[name] = squared_gradient(analysis.policy, episodes, per_token, *how)
             tokens[name] = count
-            add_to_block(sums.setdefault(name, [0.0] * BLOCKS), number % BLOCKS, analysis.policy)
+            gradient = own_gradient(analysis.policy)
+            block = sums.setdefault(name, [0.0] * BLOCKS)
+            block[number % BLOCKS] = block[number % BLOCKS] + gradient
+            if direction is not None:
+                along[name] = sum_over_ranks((gradient @ direction).to(analysis.device)).item()
         lengths = sum(len(e.response_ids) for e in episodes)
         bias = bias_of_adaptive(episodes) if EXACT & set(squares) else float("nan")
         numbers = [*tokens.values(), lengths, bias / world]
         totals = sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=analysis.device)).tolist()
         counts = dict(zip(tokens, totals))
         out.append(
-            dict(estimators=squares, tokens=counts, response_tokens=totals[-2], bias_of_adaptive=totals[-1])
+            dict(estimators=squares, along=along, tokens=counts, response_tokens=totals[-2])
+            | dict(bias_of_adaptive=totals[-1])
         )
         if rank == 0 and (number + 1) % 10 == 0:
             print(f"{number + 1} of {a.batches} batches", flush=True)
@@ -172,12 +183,11 @@ def batches(analysis, problems):
     return out, products
 
 
-def add_to_block(blocks, number, policy):
-    """Add the policy's gradient, this rank's shards of it, to a block's sum, in host memory."""
+def own_gradient(policy):
+    """The policy's gradient, this rank's shards of it, in host memory."""
     import torch
 
-    shards = [parameter.grad.to_local().flatten() for parameter in policy.parameters()]
-    blocks[number] = blocks[number] + torch.cat(shards).cpu()
+    return torch.cat([parameter.grad.to_local().flatten() for parameter in policy.parameters()]).cpu()
 
 
 def squared_gradient(policy, episodes, advantages, temperature, device):
@@ -279,6 +289,31 @@ def noise_ratio(result, above, below):
     return jackknife(lambda b: moments(result, above, b)[1] / (moments(result, below, b)[1] or nan))
 
 
+def noise_ratio_along(result, above, below):
+    """(noise of an estimator over that of another, its standard error), of their gradients' components
+    along the signal; nan where they were not measured, or the latter has none.
+    """
+    squared = []
+    for name in (above, below):
+        components = components_along(result, name)
+        if len(components) < 2:
+            return float("nan"), float("nan")
+        mean = statistics.mean(components)
+        squared.append([(c - mean) ** 2 for c in components])
+    return ratio_and_error(*squared, random.Random(0))
+
+
+def components_along(result, name):
+    """g . u of the batches of which it was measured."""
+    return [b["along"][name] for b in result["batches"] if b.get("along")]
+
+
+def noise_over_signal(result, name):
+    """Of one batch, along the signal: the variance of g . u over its squared mean."""
+    components = components_along(result, name)
+    return statistics.variance(components) / statistics.mean(components) ** 2
+
+
 def more_responses(measured, tokens):
     """How many times more responses RLOO trains on in the time that one takes with values of so many
     tokens per response token. docs/when-it-pays.md derives it.
@@ -322,18 +357,26 @@ def table(name, result):
         error = statistics.stdev(bias) / math.sqrt(len(bias))
         about += f"; exact values: {result['measured']['exact_rollouts']} other rollouts"
         about += f"; bias of a value with adaptive K: {statistics.mean(bias):+.4f} ± {error:.4f}"
-    head = "| advantages | E\\|g\\|^2, K = 9 is 1 | noise, K = 9 is 1 | signal | value tokens per response token |"
-    lines = [f"## {name}", "", f"{about}.", "", head, "|---|---|---|---|---|"]
+    head = ["advantages", "E\\|g\\|^2, K = 9 is 1", "noise, K = 9 is 1", "noise along the signal, K = 9 is 1"]
+    head = f"| {' | '.join([*head, 'signal', 'value tokens per response token'])} |"
+    lines = [f"## {name}", "", f"{about}.", "", head, "|---" * 6 + "|"]
     for estimator, (ratio, its_error, tokens) in rows_of(result).items():
-        cells = [f"{ratio:.2f} ± {its_error:.2f}", "", ""]
+        cells = [f"{ratio:.2f} ± {its_error:.2f}", "", "", ""]
         if "products" in result:  # results of before they were stored have none
             noise, noise_error = noise_ratio(result, estimator, "K=9")
             signal, signal_error = jackknife(lambda b, e=estimator: moments(result, e, b)[0])
-            cells[1:] = f"{noise:.2f} ± {noise_error:.2f}", f"{signal:.3g} ± {signal_error:.2g}"
+            cells[1], cells[3] = f"{noise:.2f} ± {noise_error:.2f}", f"{signal:.3g} ± {signal_error:.2g}"
+        along, along_error = noise_ratio_along(result, estimator, "K=9")
+        if along == along:  # measured
+            cells[2] = f"{along:.2f} ± {along_error:.2f}"
         lines.append(f"| {estimator} | {' | '.join(cells)} | {tokens:.1f} |")
     if "products" in result and "sampling" in result["measured"]:
         paying = [e for e in PAYING if e in found[0]["estimators"]]
         lines += ["", *(f"- {verdict(result, estimator)}" for estimator in paying)]
+    told = [n for n in ("K=9", *PAYING[1:], "RLOO") if n in found[0]["estimators"]]
+    if components_along(result, "K=9"):
+        shares = ", ".join(f"{noise_over_signal(result, n):.2f} ({n})" for n in told)
+        lines.append(f"- Along the signal the noise of one batch, over the signal's square: {shares}.")
     return [*lines, ""]
 
 
@@ -404,8 +447,8 @@ def draw(folder):
 
 def check(a):
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
-    if a.batches < BLOCKS or a.exact_rollouts < 2:
-        raise ValueError(f"--batches must be at least {BLOCKS} and --exact_rollouts at least 2")
+    if a.batches < 2 * BLOCKS or a.exact_rollouts < 2:
+        raise ValueError(f"--batches must be at least {2 * BLOCKS} and --exact_rollouts at least 2")
     known = [*ESTIMATORS, "RLOO", "value network"]
     a.only = a.only and ["K=9", *a.only]
     if unknown := [name for name in a.only or () if name not in known]:

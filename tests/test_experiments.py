@@ -1,6 +1,7 @@
 """The programs in experiments/: compare, show, plot, values, bench and naive, balance."""
 
 import json
+import math
 import random
 import re
 import statistics
@@ -344,7 +345,7 @@ def test_ratios_of_second_moments_and_the_tokens_of_a_response_token(tmp_path):
     folder = tmp_path / "gradients"
     values.write(folder / "run-40.json", result)
     gradients.draw(folder)
-    assert "| RLOO | 2.00 ± 0.00 |  |  | 0.0 |" in (tmp_path / "gradients.md").read_text()
+    assert "| RLOO | 2.00 ± 0.00 |  |  |  | 0.0 |" in (tmp_path / "gradients.md").read_text()
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
 
 
@@ -365,6 +366,11 @@ def test_signal_and_noise_of_gradients_that_are_known():
         assert gradients.moments(result, name)[1] == pytest.approx(variance, rel=0.1)
     ratio, error = gradients.noise_ratio(result, "RLOO", "K=9")
     assert error < 0.2 and abs(ratio - 3) < 3 * error
+    assert math.isnan(gradients.noise_ratio_along(result, "RLOO", "K=9")[0])  # not measured
+    for batch, nine, loo in zip(batches[200:], *(3 + s * torch.randn(200, generator=g) for s in (1.0, 2.0))):
+        batch["along"] = {"K=9": nine.item(), "RLOO": loo.item()}
+    ratio, error = gradients.noise_ratio_along(result, "RLOO", "K=9")
+    assert 0.2 < error < 1 and abs(ratio - 4) < 3 * error
     for batch in batches:
         batch |= dict(tokens={"K=9": 100, "RLOO": 0}, response_tokens=10)
     # 10 value tokens to a response token: (11 sampling + training) / (sampling + training) more responses
