@@ -393,6 +393,8 @@ def column(points, name):
 
 def draw_costs(plt, plan, methods):
     """TASK.png: accuracy against gradient steps, tokens and seconds."""
+    from matplotlib import ticker
+
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), layout="constrained", sharey=True)
     panels = [
         ("gradient_steps", "gradient steps", "linear"),
@@ -407,6 +409,10 @@ def draw_costs(plt, plan, methods):
             x, y, half = (column(points, k) for k in (name, "accuracy", "half"))
             axis.errorbar(x, y, half, label=text, **dots, **style)
         axis.set(xlabel=label, xscale=scale)
+        if scale == "log":
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out accuracy at temperature 1")
     labels = axes[0].get_legend_handles_labels()
