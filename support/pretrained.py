@@ -36,8 +36,11 @@ def load_tokenizer(s):
     path, trust = s.model, getattr(s, "trust_remote_code", False)
     if not path:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
-    hint = "run `python sft.py` first, or " if path == "runs/sft" else ""
+    here = path.startswith("runs/")  # not a name of the hub
+    hint = f"run `python sft.py --dataset {s.dataset} --out {path}` first, or " if here else ""
     cannot = f"--model {path} cannot be loaded: {hint}name a Hugging Face folder or hub model"
+    if here and not Path(path).is_dir():
+        raise ValueError(f"{cannot} (there is no such folder)")
     if not Path(path).is_dir() and os.environ.get("RANK", "0") == "0":
         print(f"looking for --model {path} on the hub", flush=True)
     try:

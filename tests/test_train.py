@@ -349,6 +349,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--model {own_code}", 1, "cannot be loaded"),
     ("--model {model} --hang_timeout 0", 1, "--hang_timeout 0.0 must be above 0"),
     ("--model no/where", 1, "--model no/where cannot be loaded"),
+    ("--dataset worded --model runs/none", 1, "run `python sft.py --dataset worded --out runs/none` first"),
     (
         "--model {model} --prompts_per_iteration 3",
         2,
