@@ -154,8 +154,9 @@ def batches(analysis, problems):
         episodes = analysis.solutions(drawn, RESPONSES, top_p=1.0)
         squares, along, tokens = {}, {}, {}
         if number == a.batches // 2:  # u: from here on, where the first half's gradients point
-            direction = torch.stack(sums["K=9"]).sum(0)
-            direction /= sum_over_ranks((direction**2).sum().to(analysis.device)).sqrt().cpu()
+            total = sum(sums["K=9"])
+            length = sum_over_ranks((total**2).sum().to(analysis.device)).sqrt().item()
+            direction = total / length if length else None  # all rewards were equal
         for name, (per_token, count) in advantages(analysis, episodes).items():
             how = s.temperature, analysis.device
             squares[name] = squared_gradient(analysis.policy, episodes, per_token, *how)
@@ -447,8 +448,8 @@ def draw(folder):
 
 def check(a):
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
-    if a.batches < 2 * BLOCKS or a.exact_rollouts < 2:
-        raise ValueError(f"--batches must be at least {2 * BLOCKS} and --exact_rollouts at least 2")
+    if a.batches < BLOCKS or a.exact_rollouts < 2:
+        raise ValueError(f"--batches must be at least {BLOCKS} and --exact_rollouts at least 2")
     known = [*ESTIMATORS, "RLOO", "value network"]
     a.only = a.only and ["K=9", *a.only]
     if unknown := [name for name in a.only or () if name not in known]:
