@@ -1,5 +1,5 @@
 # make demo: install and train the built-in arithmetic task.   make test: install and run the tests.   make lint: ruff.
-# make compare: the runs of experiments/compare.py that have no result yet, then its pictures; eight hours on two cores.
+# make compare: the runs of experiments/compare.py that have no result yet, then its pictures; hours.
 # make analyze: values of three of those runs' checkpoints, which are run again where they are missing; gradients of the demo's.
 PYTHON ?= python3
 VENV := .venv

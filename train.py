@@ -120,7 +120,7 @@ class Settings:
     trust_remote_code: bool = setting(False, "let a hub model run code of its own", may_change=True)
 
 
-BUILT_IN = dict(  # of the built-in tasks; gpu_memory: a tiny model's cache has many blocks
+TINY = dict(  # of the built-in tasks' tiny models, whose cache has many blocks even with little gpu_memory
     iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, stop=None,
     learning_rate=1e-4, minibatch=32, micro_batch_tokens=4096, eval_every=20, eval_samples=2, gpu_memory=0.1,
     eval_temperature=1.0, eval_top_p=1.0, save_every=40, store_every=20,
@@ -128,8 +128,8 @@ BUILT_IN = dict(  # of the built-in tasks; gpu_memory: a tiny model's cache has 
 PRESETS = {  # what differs from the values above; any other dataset has those, and no model
     "math": {},
     "gsm8k": dict(model="realtreetune/rho-1b-sft-GSM8K", iterations=650, max_valued_steps=25),
-    "arithmetic": BUILT_IN | dict(model="runs/sft", max_tokens=128, max_sequence=160),
-    "worded": BUILT_IN | dict(model="runs/sft-worded", max_tokens=256, max_sequence=320),
+    "arithmetic": TINY | dict(model="runs/sft", max_tokens=128, max_sequence=160),
+    "worded": TINY | dict(model="runs/sft-worded", max_tokens=256, max_sequence=320),
 }
 
 

@@ -1,6 +1,6 @@
 """How good are the values? The paper's section 6, on any run. (gradients.py: what that does to the gradient.)
 
-    torchrun --nproc_per_node=2 experiments/values.py runs/compare/ppo-256-s0/checkpoints/40 [MORE]
+    torchrun --nproc_per_node=2 experiments/values.py runs/compare/arithmetic/ppo-96-s0/checkpoints/40 [MORE]
     torchrun --nproc_per_node=8 experiments/values.py runs/math/checkpoints/1000 --truth_rollouts 256
     python experiments/values.py --draw                # pictures and tables alone
 

@@ -37,7 +37,8 @@ def load_tokenizer(s):
     if not path:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
     here = path.startswith("runs/")  # not a name of the hub
-    hint = f"run `python sft.py --dataset {s.dataset} --out {path}` first, or " if here else ""
+    tuned = path.startswith("runs/sft")
+    hint = f"run `python sft.py --dataset {s.dataset} --out {path}` first, or " if tuned else ""
     cannot = f"--model {path} cannot be loaded: {hint}name a Hugging Face folder or hub model"
     if here and not Path(path).is_dir():
         raise ValueError(f"{cannot} (there is no such folder)")

@@ -6,10 +6,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def write_model(folder, seed, tokens, pattern, **config):
-    """Write a Llama with random weights, and a tokenizer.
+    """Write a Llama with random weights to a folder, and a tokenizer.
 
-    tokens: the texts of all its tokens, which the regular expression pattern cuts a text into.
-    config: what LlamaConfig is given besides.
+    seed: of the weights. tokens: the texts of all its tokens but <pad>, <bos>, <eos>. pattern: a regular
+    expression that cuts a text into them. config: what LlamaConfig is given besides.
     """
     special = ["<pad>", "<bos>", "<eos>"]
     vocabulary = {token: i for i, token in enumerate([*special, *tokens])}
@@ -21,6 +21,7 @@ def write_model(folder, seed, tokens, pattern, **config):
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, max_position_embeddings=256)
-    ids = dict(vocab_size=len(vocabulary), pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    LlamaForCausalLM(LlamaConfig(**sizes | ids | config, tie_word_embeddings=False)).save_pretrained(folder)
+    sizes = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4)
+    sizes |= dict(vocab_size=len(vocabulary), max_position_embeddings=256, tie_word_embeddings=False)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(LlamaConfig(**sizes | ids | config)).save_pretrained(folder)

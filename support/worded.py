@@ -29,9 +29,10 @@ BECAME = "became turned made gave left changed went moved".split()
 
 
 def rows(num_train, num_test, seed=0, slip=0.12, steps=12):
-    """Rows of the task, train and test disjoint: problem "84 crates, January +4 February -9 ..?",
-    solution one line per month, "January +4: soon his helper bought painted jars quickly, so 84 became 88",
-    then "#### 75".
+    """Rows of the task, train and test disjoint: (where, {problem, answer, solution}) each.
+
+    Problem: "84 crates, January +4 February -9 ..?". Solution: a line for each of the first `steps`
+    months, "January +4: soon his helper bought painted jars quickly, so 84 became 88", then "#### 75".
 
     The stock stays between 20 and 99. On a carry the demonstrator forgets the ten, on a borrow he
     takes it twice, each with the probability slip. So an error only ever loses tens, and no other
@@ -60,7 +61,7 @@ def _demonstrate(value, changes, slip, rng):
     for month, change in zip(MONTHS, changes):
         carries = not 0 <= value % 10 + change < 10
         lost = 10 if carries and rng.random() < slip else 0
-        result = max(0, value + change - lost)  # a stock that seems empty stays so
+        result = max(0, value + change - lost)  # no stock is below nothing
         lines.append(_line(month, change, value, result, rng.choice))
         value = result
     return "\n".join([*lines, f"#### {value}"])
@@ -74,7 +75,9 @@ def _line(month, change, value, result, pick):
 
 
 def tiny_model(folder, seed):
-    """Write a Llama of about 0.5M parameters, and a tokenizer with one token per word, digit or change."""
+    """Write a Llama of about 0.5M parameters to a folder, and a tokenizer: a word, a digit or a change
+    such as +4 is a token, with the space before it.
+    """
     lists = MONTHS, ARTICLES, PEOPLE, MANNERS, ADDED, TAKEN, LOOKS, THINGS, OPENINGS, LINKS, BECAME
     after_space = [word for words in lists for word in words]
     after_space += [f"{change:+d}" for change in range(-9, 10) if change]

@@ -413,6 +413,35 @@ def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, devi
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_second_half_of_the_batches_is_measured_along_the_first(device, monkeypatch):
+    """Made-up gradients: of K = 9 (3, 4) in the first half, then (1, 1); of RLOO always (0, 5)."""
+    made, count, half = {"K=9": (3.0, 4.0), "RLOO": (0.0, 5.0)}, [0], 2 * gradients.BLOCKS
+
+    def own_gradient(_):
+        name = list(made)[count[0] % 2]
+        later = count[0] >= half and name == "K=9"
+        count[0] += 1
+        return torch.tensor((1.0, 1.0) if later else made[name])
+
+    monkeypatch.setattr(gradients, "own_gradient", own_gradient)
+    monkeypatch.setattr(gradients, "squared_gradient", lambda *_: 25.0)
+    monkeypatch.setattr(gradients, "advantages", lambda *_: {name: ([], 1) for name in made})
+    analysis = SimpleNamespace(
+        arguments=SimpleNamespace(batches=half, seed=0),
+        s=SimpleNamespace(temperature=1.0),
+        device=device,
+        policy=None,
+        solutions=lambda *_, **__: [Episode([1], response_ids=[2])],
+    )
+    found, products = gradients.batches(analysis, [None])
+    assert [batch["along"] for batch in found[: half // 2]] == [{}] * (half // 2)
+    for batch in found[half // 2 :]:  # u = (0.6, 0.8)
+        assert batch["along"] == pytest.approx({"K=9": 1.4, "RLOO": 4.0})
+    result = dict(batches=found, products=products)
+    assert gradients.components_along(result, "RLOO") == pytest.approx([4.0] * (half // 2))
+    assert products["RLOO"][0][0] == pytest.approx(100.0)  # two batches to a block
+
+
 def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of):
     code, _, said = main_of(compare, "arithmetic", "again", "K10-s0")
     assert code == 1 and "there is no run K10-s0: name one of " in said and "search-K9-lr1e-4-s100" in said

@@ -349,7 +349,12 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--model {own_code}", 1, "cannot be loaded"),
     ("--model {model} --hang_timeout 0", 1, "--hang_timeout 0.0 must be above 0"),
     ("--model no/where", 1, "--model no/where cannot be loaded"),
-    ("--dataset worded --model runs/none", 1, "run `python sft.py --dataset worded --out runs/none` first"),
+    (
+        "--dataset worded --model runs/sft-none",
+        1,
+        "`python sft.py --dataset worded --out runs/sft-none` first",
+    ),
+    ("--model runs/none/model", 1, "name a Hugging Face folder or hub model (there is no such folder)"),
     (
         "--model {model} --prompts_per_iteration 3",
         2,
