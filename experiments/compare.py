@@ -46,7 +46,7 @@ RL = (
     "train.py --iterations 40 --prompts_per_iteration 4 --responses_per_prompt 4 --minibatch 8"
     " --save_every 20 --eval_every 10" + EVAL
 )
-RL_30 = RL.replace("--iterations 40", "--iterations 30")  # the worded task's responses are six times as long
+RL_30 = RL.replace("--iterations 40", "--iterations 30")  # the worded task's responses are 3.6 times as long
 AVERAGED, MASK = " --gae_lambda 0.5 --baseline_smoothing 0.5", " --mask_above 0.9"
 ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32" + EVAL
 
@@ -204,6 +204,10 @@ def again(plan, name):
     """
     commands = plan.commands(plan.load_results())
     if name not in commands:
+        method = name.rsplit("-s", 1)[0]
+        if method in plan.methods and not plan.chosen_rate(method, plan.load_results()):
+            how = f"`python experiments/compare.py {plan.task} run --only search-{method}-lr` does it"
+            sys.exit(f"compare.py: the learning rate of {name} has not been searched yet: {how}")
         sys.exit(f"compare.py: there is no run {name}: name one of {', '.join(commands)}")
     command = [sys.executable, *commands[name].split(), *plan.arguments_of(name)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

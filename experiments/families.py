@@ -5,7 +5,7 @@
 
 Two iterations with a large learning rate. The gap is the mean absolute difference between the
 engine's and the trainer's log-probabilities of the tokens sampled in the second, so after training
-and a sync of weights (logprob_gap; rounding is 1e-7 in float32 and 1e-2 in bfloat16). Of a model
+and a sync of weights (logprob_gap; rounding is 5e-7 in float32 and 1e-2 in bfloat16). Of a model
 that is refused the table has the line that its user gets.
 """
 

@@ -23,7 +23,7 @@ component along the mean u of the first half's gradients, by K = 9.
     value network            of a PPO run's checkpoint; other runs have none
 
 Tokens are those of the rollouts that an estimator needs. At the end it says whether their noise is worth
-their time, by the run's own clock (docs/when-it-pays.md). --only "K=9" "RLOO" measures these alone,
+their time, by the run's own clock (docs/when-it-pays.md). --only "K=2" measures it, K=9 and RLOO alone,
 which a large model's memory may ask for: BLOCKS gradients of each stay in host memory. It writes
 experiments/results/gradients/NAME.json for each checkpoint; the picture and the tables are made from
 these files alone. Steps are the paper's, whatever --step_credit the run had.
@@ -377,7 +377,7 @@ def table(name, result):
     told = [n for n in ("K=9", *PAYING[1:], "RLOO") if n in found[0]["estimators"]]
     if components_along(result, "K=9"):
         shares = ", ".join(f"{noise_over_signal(result, n):.2f} ({n})" for n in told)
-        lines.append(f"- Along the signal the noise of one batch, over the signal's square: {shares}.")
+        lines.append(f"- Along the signal, the variance of one batch over its squared mean: {shares}.")
     return [*lines, ""]
 
 

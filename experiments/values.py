@@ -484,7 +484,7 @@ def draw(folder):
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if not results:
         sys.exit(f"values.py: no results in {folder}: name checkpoints to measure")
-    text = ["# Values and gradients, by experiments/values.py", ""]
+    text = ["# Values, by experiments/values.py", ""]
     for name, result in results.items():
         figure = picture(name, result)
         figure.savefig(folder.parent / f"values-{name}.png", dpi=100)

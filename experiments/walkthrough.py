@@ -3,7 +3,7 @@
     python experiments/walkthrough.py                  # needs runs/sft of `make demo`; 20 s on a CPU
     python experiments/walkthrough.py --links          # only brings the links up to date
 
-Nothing is computed here that the training loop does not compute, but for the columns "by hand". The
+Nothing is computed here that the training loop does not compute, but for the columns "formula". The
 links name the lines of the functions; tests/test_walkthrough.py fails when a function has moved. The
 numbers are the same on each run of one machine.
 """

@@ -4,10 +4,10 @@ What it holds under its own name is whole, at whatever moment the run was killed
 
     settings.json     of the newest start
     inputs.json       hashes of the model and the problems that it began with
-    metrics.jsonl     one line per iteration; line 0 is the accuracy before training
+    metrics.jsonl     one line per iteration; line 0: accuracy before training
     checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training
                       resumes from, and the settings
-    episodes/N        stored responses, for experiments/show.py
+    episodes/00000N   stored responses, for experiments/show.py
     model             the final policy, a Hugging Face folder
 
 Files and folders are written under the name NAME.unfinished first and then renamed. A folder lists

@@ -442,9 +442,13 @@ def test_the_second_half_of_the_batches_is_measured_along_the_first(device, monk
     assert products["RLOO"][0][0] == pytest.approx(100.0)  # two batches to a block
 
 
-def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of):
+def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of, monkeypatch):
     code, _, said = main_of(compare, "arithmetic", "again", "K10-s0")
     assert code == 1 and "there is no run K10-s0: name one of " in said and "search-K9-lr1e-4-s100" in said
+    monkeypatch.setattr(compare.Plan, "load_results", lambda plan: {})
+    code, _, said = main_of(compare, "worded", "again", "grpo-s0")
+    assert code == 1 and "the learning rate of grpo-s0 has not been searched yet" in said
+    assert "compare.py worded run --only search-grpo-lr" in said
 
 
 def test_peers_takes_ratios_round_by_round(tmp_path, monkeypatch, main_of):
