@@ -39,7 +39,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from episode import Completion, Episode, State
 from grader import set_rewards, start_grading
-from support.pretrained import local_folder
+from support.pretrained import local_folder, tokenizer_folder
 from support.ranks import drop_shared_memory
 
 
@@ -109,6 +109,7 @@ class Engine:
         drop_shared_memory(tensor_parallel)
         self.llm = LLM(
             local_folder(model),
+            tokenizer=tokenizer_folder(model, trust_remote_code),
             dtype="bfloat16" if bfloat16 else "float32",
             distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
             tensor_parallel_size=tensor_parallel,

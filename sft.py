@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import data
 from episode import Episode
 from learner import learning_rate, micro_batch
 from model import check_supported, compute_dtype, load_sharded, save_pretrained
-from support.pretrained import local_folder
+from support.pretrained import read_tokenizer, tokenizer_folder
 from support.ranks import check_gpus, from_rank_0, init_distributed, leave, refuse
 from support.settings import parse, setting
 
@@ -124,7 +123,7 @@ def main():
                 f"--batch {s.batch} does not divide over {world} ranks: take a multiple of {world}"
             )
         if s.model is not None:
-            local_folder(s.model)
+            tokenizer_folder(s.model)
     except (ValueError, OSError) as error:
         refuse("sft.py: " + str(error).split("\n")[0])
     device = init_distributed()
@@ -133,7 +132,7 @@ def main():
             if dist.get_rank() == 0:
                 data.BUILT_IN[s.dataset].tiny_model(scratch, s.seed)
             s.model = from_rank_0(scratch)  # once the model is in it
-        tokenizer = AutoTokenizer.from_pretrained(local_folder(s.model))
+        tokenizer = read_tokenizer(s.model)
         if tokenizer.eos_token_id is None:
             sys.exit(f"sft.py: the tokenizer of --model {s.model} has no EOS token to end responses with")
         episodes, skipped = sequences(problems, tokenizer, s.max_tokens, s.chat)

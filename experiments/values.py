@@ -211,11 +211,10 @@ def networks_of(path, s, device):
 
 def problems_of(path, s, needed):
     """(training problems, test problems), encoded. Raises ValueError for fewer than `needed` of the latter."""
-    from transformers import AutoTokenizer
-
     import data
+    from support.pretrained import read_tokenizer
 
-    tokenizer, limit = AutoTokenizer.from_pretrained(path), s.max_sequence - s.max_tokens
+    tokenizer, limit = read_tokenizer(path), s.max_sequence - s.max_tokens
     splits = data.load(s.dataset, s.prompt_template, s.chat)
     training, test = (data.encode(problems, tokenizer, limit, s.chat)[0] for problems in splits)
     if len(test) < needed:

@@ -32,17 +32,10 @@ def check_temperatures(s):
 def check(s, world):
     """Raise ValueError for settings that do not go together, or not on `world` ranks."""
     check_report(s.report_to)
-    divide = f"does not divide over {world} ranks: take a multiple of {world}"
-    prompts = s.prompts_per_iteration
-    need(prompts % world == 0, f"--prompts_per_iteration {prompts} {divide}")
-    need(s.minibatch % world == 0, f"--minibatch {s.minibatch} {divide}")
-    responses = prompts * s.responses_per_prompt
-    what = f"the iteration's {responses} responses (prompts_per_iteration x responses_per_prompt)"
-    need(responses % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide {what}")
+    if not s.eval_only:
+        check_batches(s, world)
     size = s.tensor_parallel_size
     need(world % size == 0, f"--tensor_parallel_size {size} is no divisor of the {world} ranks")
-    few = f"--algorithm {s.algorithm}: --responses_per_prompt 1 must be at least 2, to compare them"
-    need(s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"), few)
     check_temperatures(s)
     greedy = "--eval_temperature 0 gives one and the same response: add --eval_samples 1"
     need(s.eval_temperature > 0 or s.eval_samples == 1, greedy)
@@ -50,6 +43,19 @@ def check(s, world):
     need(s.max_tokens < s.max_sequence, room)
     both = "--eval_only and --resume exclude each other: name the checkpoint's folder with --model"
     need(not (s.eval_only and s.resume), both)
+
+
+def check_batches(s, world):
+    """Raise ValueError where an iteration's responses do not divide over its minibatches and `world` ranks."""
+    divide = f"does not divide over {world} ranks: take a multiple of {world}"
+    prompts = s.prompts_per_iteration
+    need(prompts % world == 0, f"--prompts_per_iteration {prompts} {divide}")
+    need(s.minibatch % world == 0, f"--minibatch {s.minibatch} {divide}")
+    responses = prompts * s.responses_per_prompt
+    what = f"the iteration's {responses} responses (prompts_per_iteration x responses_per_prompt)"
+    need(responses % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide {what}")
+    few = f"--algorithm {s.algorithm}: --responses_per_prompt 1 must be at least 2, to compare them"
+    need(s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"), few)
 
 
 def disagreement(gap, dtype):

@@ -14,10 +14,13 @@ from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 PICKLES = "pytorch_model*.bin"
+PROBE = "Problem:\nFind  x^2 if $\\alpha$, α = 1234.5.\n\n\tSolution: It's 3 + 4 = 7.\n#### 7"
 
 
 def check_config(config, path):
@@ -53,7 +56,7 @@ def load_tokenizer(s):
         few = f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"
         raise ValueError(few)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_folder(path), trust_remote_code=trust)
+        tokenizer = read_tokenizer(path, trust)
     except (OSError, ValueError) as error:
         raise ValueError(f"{cannot} ({str(error).splitlines()[0]})") from None
     try:
@@ -109,17 +112,87 @@ def local_folder(model):
     if not pickles:
         raise ValueError(f"{model} has no weights: neither *.safetensors nor {PICKLES}")
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in pickles]
-    key = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:16]
-    converted = Path(constants.HF_HOME) / "vineppo" / key
-    converted.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{converted}.lock"):  # one rank of a machine converts, the others wait
-        if not converted.is_dir():
-            print(f"converting the weights of {model} to safetensors, into {converted}", flush=True)
-            draft = Path(f"{converted}.unfinished")
+    about = f"the weights of {model} are converted to safetensors"
+    return made_once((str(folder.resolve()), files), about, lambda draft: convert(folder, pickles, draft))
+
+
+def read_tokenizer(model, trust_remote_code=False):
+    """A model's tokenizer, nothing else of it checked."""
+    folder = tokenizer_folder(model, trust_remote_code)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+@cache
+def tokenizer_folder(model, trust_remote_code=False):
+    """The folder from which AutoTokenizer reads a model's tokenizer as transformers 4 did.
+
+    Where AutoTokenizer would read it otherwise from the model's own folder, it is a folder with the
+    tokenizer alone, which names no class. Code of a model's own is left to itself.
+    """
+    folder = Path(local_folder(model))
+    stored, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    settings = json.loads(about.read_text()) if about.is_file() else {}
+    if not stored.is_file() or "auto_map" in settings:
+        return str(folder)
+    built = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    right = as_transformers_4(stored, settings, built.bos_token)
+    if reads_alike(built, right):
+        return str(folder)
+
+    def make(draft):
+        draft.mkdir()
+        for name in ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, draft)
+        right.save(str(draft / "tokenizer.json"))
+        plain = settings | {"tokenizer_class": "TokenizersBackend"}
+        (draft / "tokenizer_config.json").write_text(json.dumps(plain))
+        # the type of model might have a class as well: not llama
+        (draft / "config.json").write_text('{"model_type": "llama"}')
+
+    about = f"{model}: {type(built).__name__} reads text otherwise than its tokenizer.json says, which is followed"
+    copy = made_once(("tokenizer", stored.read_bytes(), json.dumps(settings)), about, make)
+    return copy if reads_alike(AutoTokenizer.from_pretrained(copy), right) else str(folder)
+
+
+def as_transformers_4(stored, settings, bos):
+    """What tokenizer.json says as a whole, and the BOS that Llama's class added where its settings said so.
+
+    Of some classes transformers 5 takes the vocabulary from that file and builds the rest itself. A
+    byte-level tokenizer that is labelled LlamaTokenizer, as DeepSeekMath's, loses spaces, newlines and BOS.
+    """
+    tokenizer = Tokenizer.from_file(str(stored))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") and "add_bos_token" in settings:
+        begins = bool(bos and settings["add_bos_token"])
+        special = [(bos, tokenizer.token_to_id(bos))] if begins else []
+        tokenizer.post_processor = TemplateProcessing(f"{bos} $A" if begins else "$A", special_tokens=special)
+    return tokenizer
+
+
+def reads_alike(built, right):
+    """Whether a tokenizer of transformers gives the ids and the text of one of tokenizers."""
+    ids = right.encode(PROBE).ids
+    text = built.decode(ids, clean_up_tokenization_spaces=False)
+    return built.encode(PROBE) == ids and text == right.decode(ids, skip_special_tokens=False)
+
+
+def made_once(key, about, make):
+    """The folder under HF_HOME/vineppo that make(draft) writes, for what is the same again in the key.
+
+    One rank of a machine writes it, and says what it is about; the others wait.
+    """
+    folder = Path(constants.HF_HOME) / "vineppo" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            print(f"{about}: into {folder}", flush=True)
+            draft = Path(f"{folder}.unfinished")
             shutil.rmtree(draft, ignore_errors=True)
-            convert(folder, pickles, draft)
-            draft.rename(converted)
-    return str(converted)
+            make(draft)
+            draft.rename(folder)
+    return str(folder)
 
 
 def fingerprint(model):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import GAP, python
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from vllm.tokenizers import get_tokenizer
 
 from experiments.families import FAMILIES, OWN_LAYOUT, write_model
 from model import check_supported, full_tensors, load_sharded, save_pretrained
@@ -19,9 +21,11 @@ from support import pretrained
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
-    pretrained.local_folder.cache_clear()
+    for cached in pretrained.local_folder, pretrained.tokenizer_folder:
+        cached.cache_clear()
     yield tmp_path / "cache" / "vineppo"
-    pretrained.local_folder.cache_clear()
+    for cached in pretrained.local_folder, pretrained.tokenizer_folder:
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -87,6 +91,56 @@ def test_a_pickle_that_would_run_code_is_refused(pickled, cache, device, tmp_pat
     with pytest.raises(ValueError, match="pytorch_model.bin is refused: it is not a file of tensors alone"):
         load_sharded(folder, device)
     assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.fixture
+def byte_level(tiny_model, tmp_path):
+    """A folder with the tiny model, and a byte-level tokenizer with a token for 12."""
+    folder = tmp_path / "byte_level"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=alphabet, special_tokens=["<bos>", "<eos>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["Problem:\nFind the 12. Solution: It's 3.\n\n"], trainer)
+    special = dict(bos_token="<bos>", eos_token="<eos>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def set_in(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("label, model_type", [("LlamaTokenizerFast", "llama"), ("LlamaTokenizer", "qwen2")])
+def test_a_tokenizer_under_a_wrong_class_reads_text_as_its_file_says(byte_level, cache, label, model_type):
+    """DeepSeekMath's is labelled LlamaTokenizerFast; with that class transformers 5 drops spaces and newlines.
+
+    Under a model type with a class of its own, as DeepSeek-R1-Distill-Qwen, other ids come out.
+    """
+    right = Tokenizer.from_file(str(byte_level / "tokenizer.json")).encode(pretrained.PROBE).ids
+    set_in(byte_level / "tokenizer_config.json", tokenizer_class=label, add_bos_token=True)
+    set_in(byte_level / "config.json", model_type=model_type)
+    assert AutoTokenizer.from_pretrained(byte_level).encode(pretrained.PROBE) != right  # else: why all this?
+    folder = pretrained.tokenizer_folder(byte_level)
+    for tokenizer in (
+        pretrained.load_tokenizer(settings(byte_level)),
+        get_tokenizer(folder, tokenizer_mode="hf"),
+    ):
+        assert tokenizer.encode(pretrained.PROBE) == [tokenizer.bos_token_id, *right]
+        assert tokenizer.decode(right) == pretrained.PROBE
+
+
+def test_a_tokenizer_whose_class_is_right_is_left_where_it_is(byte_level, tiny_model, cache):
+    for folder in byte_level, tiny_model:
+        assert pretrained.tokenizer_folder(folder) == str(folder)
+    set_in(byte_level / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    pretrained.tokenizer_folder.cache_clear()
+    assert pretrained.tokenizer_folder(byte_level) == str(byte_level)
+    assert not cache.exists()
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

@@ -223,7 +223,7 @@ def test_a_model_that_the_engine_computes_otherwise_is_noticed_before_training(
     engine, models, tiny_model, device, capsys
 ):
     run = object.__new__(Run)
-    run.engine, run.s, run.first = engine, SimpleNamespace(max_tokens=16), True
+    run.engine, run.s, run.first = engine, SimpleNamespace(max_tokens=16, seed=0), True
     run.trainer = ppo.Trainer(tiny_model, device, total_steps=4, loading=EXACT)
     problems = [data.Problem("", "", prompt_ids=[1, 5 + i, 9]) for i in range(5)]
     engine.load_weights(run.trainer.weights())
