@@ -17,12 +17,13 @@ All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimize
 responses with them, 40 times (30 on the worded task), and differ in nothing but the advantages. The
 controls, named by their responses per iteration, have more of them for the same number of optimizer
 steps. On arithmetic, 32 responses cost about the seconds of K = 2 averaged, 96 those of K = 9, and 256
-the tokens of K = 9; on the worded task 48 the seconds of K = 2 averaged, 144 those of K = 9, and 208 the
-tokens of K = 2 averaged. Sampling is at temperature 1. So is evaluation, on all 500 held-out problems
-twice.
+the tokens of K = 9; on the worded task 48 cost less than K = 2 averaged, 144 about the seconds of K = 9,
+and 208 the tokens of K = 2 averaged. "whitened" and "masked" are controls too. Sampling is at
+temperature 1. So is evaluation, on all 500 held-out problems twice, in the search as well.
 """
 
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing.connection
@@ -57,6 +58,10 @@ def responses(prompts, each):
     return f" --prompts_per_iteration {prompts} --responses_per_prompt {each} --minibatch {count // 2}"
 
 
+def whitened(command):
+    return command.replace("train.py", "experiments/whitened.py") + " --algorithm rloo"
+
+
 METHODS = {  # name: (command, number of seeds)
     "arithmetic": {
         "K9": (RL + " --K 9", 8),
@@ -69,14 +74,13 @@ METHODS = {  # name: (command, number of seeds)
         "ppo-critic": (RL + " --algorithm ppo --critic_learning_rate 1e-3", 8),
         "rloo-32": (RL + " --algorithm rloo" + responses(8, 4), 8),
         "rloo-96": (RL + " --algorithm rloo" + responses(12, 8), 8),
-        "grpo-96": (RL + " --algorithm grpo" + responses(12, 8), 8),
         "K2-averaged-mask": (RL + " --K 2" + AVERAGED + MASK, 8),
         "rloo-mask": (RL + " --algorithm rloo" + MASK, 8),
         "restem": ("-m baselines.restem" + ROUNDS, 3),
         "dpo": ("-m baselines.dpo" + ROUNDS, 3),
         "rloo-256": (RL + " --algorithm rloo" + responses(32, 8), 8),
         "ppo-96": (RL + " --algorithm ppo --critic_learning_rate 1e-3" + responses(12, 8), 8),
-        "grpo-256": (RL + " --algorithm grpo" + responses(32, 8), 8),
+        "rloo-whitened": (whitened(RL), 8),
     },
     "worded": {
         "K2-averaged": (RL_30 + " --K 2" + AVERAGED, 8),
@@ -86,10 +90,9 @@ METHODS = {  # name: (command, number of seeds)
         "rloo-144": (RL_30 + " --algorithm rloo" + responses(18, 8), 8),
         "ppo-critic": (RL_30 + " --algorithm ppo --critic_learning_rate 1e-3", 8),
         "grpo": (RL_30 + " --algorithm grpo", 8),
-        "grpo-48": (RL_30 + " --algorithm grpo" + responses(12, 4), 8),
+        "rloo-whitened": (whitened(RL_30), 8),
         "K3": (RL_30 + " --K 3", 8),
         "rloo-208": (RL_30 + " --algorithm rloo" + responses(26, 8), 8),
-        "grpo-144": (RL_30 + " --algorithm grpo" + responses(18, 8), 8),
         "ppo": (RL_30 + " --algorithm ppo", 8),
         "restem": ("-m baselines.restem" + ROUNDS, 3),
         "dpo": ("-m baselines.dpo" + ROUNDS, 3),
@@ -170,7 +173,11 @@ def search_name(method, rate, seed):
 
 def last_accuracy(result):
     """The mean of the last two evaluations."""
-    return statistics.mean([line["accuracy"] for line in result["curve"] if "accuracy" in line][-2:])
+    return statistics.mean(accuracies(result["curve"])[-2:])
+
+
+def accuracies(curve):
+    return [line["accuracy"] for line in curve if "accuracy" in line]
 
 
 # --- running ---
@@ -190,9 +197,7 @@ def execute(plan, name, command):
     program, *arguments = command.removeprefix("-m ").split()
     sys.argv = [program, *arguments, *plan.arguments_of(name)]
     if program.endswith(".py"):
-        import train
-
-        train.main()
+        importlib.import_module(program.removesuffix(".py").replace("/", ".")).main()
     else:
         runpy.run_module(program, run_name="__main__")
 
@@ -321,6 +326,7 @@ STYLE = {
     "ppo-critic": ("PPO, critic at 1e-3", dict(color="#e69f00", linestyle="-.")),
     "grpo": ("GRPO", dict(color="#009e73")),
     "rloo": ("RLOO", dict(color="#d55e00")),
+    "rloo-whitened": ("RLOO, whitened", dict(color="#7f3f00")),
     "rloo-mask": ("RLOO, masked", dict(color="#d55e00", linestyle="-.")),
     "restem": ("RestEM", dict(color="#000000")),
     "dpo": ("DPO+", dict(color="#999999")),
@@ -462,12 +468,16 @@ def table_of_methods(plan, methods, results):
     return lines
 
 
-def table_of_pairs(plan, methods):
-    """Lines of Markdown: of each two methods, whether their intervals at the end are apart."""
+def table_of_pairs(plan, methods, results):
+    """Lines of Markdown: of each two methods, their difference at the end, where it is not 0.
+
+    Seed by seed: the runs of one seed draw the same problems and begin with the same accuracy.
+    """
+    ends = {m: [accuracies(curve)[-1] for curve in seeds_of(plan, m, results)] for m in methods}
     order = sorted(methods, key=lambda m: -methods[m][-1]["accuracy"])
     lines = [
-        "Whose interval at the end is above whose: the row's is above (+) or below (-) the column's, or they"
-        " overlap (empty). The best comes first.",
+        "How many points of accuracy the row's method ends above the column's, mean over the seeds that both"
+        " have; empty where the 95 % t interval of the differences, seed by seed, contains 0. The best comes first.",
         "",
         f"| | {' | '.join(order)} |",
         "|---" * (len(order) + 1) + "|",
@@ -475,10 +485,8 @@ def table_of_pairs(plan, methods):
     for row in order:
         cells = []
         for other in order:
-            mine, its = methods[row][-1], methods[other][-1]
-            gap = mine["accuracy"] - its["accuracy"]
-            apart = abs(gap) > mine["half"] + its["half"]
-            cells.append(("+" if gap > 0 else "-") if apart else "")
+            gap, half = interval([a - b for a, b in zip(ends[row], ends[other])])
+            cells.append(f"{100 * gap:+.1f}" if abs(gap) > half else "")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 
@@ -514,7 +522,7 @@ def draw(plan):
         sys.exit(f"compare.py: no method with all its runs in {plan.results}: {how}")
     draw_costs(plt, plan, methods)
     draw_more(plt, plan, methods)
-    tables = table_of_methods(plan, methods, results), table_of_pairs(plan, methods)
+    tables = table_of_methods(plan, methods, results), table_of_pairs(plan, methods, results)
     text = "\n\n".join("\n".join(lines) for lines in (*tables, table_of_search(plan, results)))
     (plan.results.parent / f"{plan.task}.md").write_text(text + "\n")
     print(text)
