@@ -139,19 +139,20 @@ def tokenizer_folder(model, trust_remote_code=False):
     if reads_alike(built, right):
         return str(folder)
 
+    classless = json.dumps(settings | {"tokenizer_class": "TokenizersBackend"})
+
     def make(draft):
         draft.mkdir()
         for name in ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, draft)
         right.save(str(draft / "tokenizer.json"))
-        plain = settings | {"tokenizer_class": "TokenizersBackend"}
-        (draft / "tokenizer_config.json").write_text(json.dumps(plain))
+        (draft / "tokenizer_config.json").write_text(classless)
         # the type of model might have a class as well: not llama
         (draft / "config.json").write_text('{"model_type": "llama"}')
 
     about = f"{model}: {type(built).__name__} reads text otherwise than its tokenizer.json says, which is followed"
-    copy = made_once(("tokenizer", stored.read_bytes(), json.dumps(settings)), about, make)
+    copy = made_once(("tokenizer", right.to_str(), classless), about, make)
     return copy if reads_alike(AutoTokenizer.from_pretrained(copy), right) else str(folder)
 
 
@@ -165,9 +166,9 @@ def as_transformers_4(stored, settings, bos):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer") and "add_bos_token" in settings:
-        begins = bool(bos and settings["add_bos_token"])
-        special = [(bos, tokenizer.token_to_id(bos))] if begins else []
-        tokenizer.post_processor = TemplateProcessing(f"{bos} $A" if begins else "$A", special_tokens=special)
+        number = tokenizer.token_to_id(bos) if bos and settings["add_bos_token"] else None
+        first, special = ("$A", []) if number is None else (f"{bos} $A", [(bos, number)])
+        tokenizer.post_processor = TemplateProcessing(first, special_tokens=special)
     return tokenizer
 
 
