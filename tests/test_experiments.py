@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import train
 from baselines import dpo, restem
+from baselines.groups import Group
 from episode import Completion, Episode, State
-from experiments import balance, compare, gradients, naive, peers, plot, show, values
+from experiments import balance, compare, gradients, naive, peers, plot, show, values, whitened
 from model import load_sharded
 from ppo import Trainer
 from support.run_folder import write_solutions
@@ -453,6 +454,14 @@ def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of, monkeypa
     code, _, said = main_of(compare, "worded", "again", "grpo-s0")
     assert code == 1 and "the learning rate of grpo-s0 has not been searched yet" in said
     assert "compare.py worded run --only search-grpo-lr" in said
+
+
+def test_the_control_whitens_what_a_group_gives(monkeypatch):
+    found = []
+    monkeypatch.setattr(Group, "whiten", False)
+    monkeypatch.setattr(train, "main", lambda: found.append(Group.whiten))
+    whitened.main()
+    assert found == [True]
 
 
 def test_peers_takes_ratios_round_by_round(tmp_path, monkeypatch, main_of):
