@@ -59,13 +59,13 @@ class Settings:
     prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     max_bad_answers: float = setting(
-        0.03, "refuse more gold answers that nothing matches", min=0, max=1, may_change=True
+        0.03, "largest share of gold answers that nothing can match", min=0, max=1, may_change=True
     )
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
     step_credit: str = setting("paper", "vineppo: paper, newline, sentence, tokens:N, cutpoints:N")
     baseline_smoothing: float = setting(0.0, "vineppo: earlier values' share in baselines", min=0, max=1)
-    share_responses: bool = setting(False, "vineppo: in baselines, responses are rollouts too")
+    share_responses: bool = setting(False, "vineppo: other responses are rollouts too, in baselines")
     max_valued_steps: int | None = setting(None, "vineppo: value only a response's first N states", min=1)
     gae_lambda: float | None = setting(None, "lambda of GAE; None: vineppo 0, ppo 1", min=0, max=1)
     gamma: float = setting(1.0, "ppo: discount per token", min=0, max=1)

@@ -14,12 +14,12 @@ First comes a search for each method's learning rate, on two seeds of its own: t
 and its next ones for as long as the best of them is at an edge. Then come the seeds that count.
 
 All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8
-responses with them, 40 times (30 on the worded task), and differ in nothing but the advantages. The
+responses with them, 40 times (30 on the worded task), and differ in the advantages and the learning rate. The
 controls, named by their responses per iteration, have more of them for the same number of optimizer
 steps. On arithmetic, 32 responses cost about the seconds of K = 2 averaged, 96 those of K = 9, and 256
-the tokens of K = 9; on the worded task 48 cost less than K = 2 averaged, 144 about the seconds of K = 9,
-and 208 the tokens of K = 2 averaged. "whitened" and "masked" are controls too. Sampling is at
-temperature 1. So is evaluation, on all 500 held-out problems twice, in the search as well.
+the tokens of K = 9; on the worded task 48 cost less than K = 2 averaged, 208 its tokens, and 288 by
+extrapolation the seconds of K = 9. "whitened" and "mask" are controls too. Sampling is at temperature 1.
+So is evaluation, on all 500 held-out problems twice, in the search as well.
 """
 
 import hashlib
@@ -59,6 +59,7 @@ def responses(prompts, each):
 
 
 def whitened(command):
+    """train.py's command with RLOO, its advantages whitened."""
     return command.replace("train.py", "experiments/whitened.py") + " --algorithm rloo"
 
 
@@ -87,7 +88,7 @@ METHODS = {  # name: (command, number of seeds)
         "rloo": (RL_30 + " --algorithm rloo", 8),
         "rloo-48": (RL_30 + " --algorithm rloo" + responses(12, 4), 8),
         "K9": (RL_30 + " --K 9", 8),
-        "rloo-144": (RL_30 + " --algorithm rloo" + responses(18, 8), 8),
+        "rloo-288": (RL_30 + " --algorithm rloo" + responses(36, 8), 8),
         "ppo-critic": (RL_30 + " --algorithm ppo --critic_learning_rate 1e-3", 8),
         "grpo": (RL_30 + " --algorithm grpo", 8),
         "rloo-whitened": (whitened(RL_30), 8),
@@ -177,6 +178,7 @@ def last_accuracy(result):
 
 
 def accuracies(curve):
+    """Of its evaluations, the first before training."""
     return [line["accuracy"] for line in curve if "accuracy" in line]
 
 

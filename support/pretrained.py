@@ -127,11 +127,12 @@ def tokenizer_folder(model, trust_remote_code=False):
     """The folder from which AutoTokenizer reads a model's tokenizer as transformers 4 did.
 
     Where AutoTokenizer would read it otherwise from the model's own folder, it is a folder with the
-    tokenizer alone, which names no class. Code of a model's own is left to itself.
+    tokenizer alone, which names no class; the own one again, where that does not help. Code of a model's
+    own is left to itself. Raises OSError and ValueError as local_folder and AutoTokenizer do.
     """
     folder = Path(local_folder(model))
-    stored, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    settings = json.loads(about.read_text()) if about.is_file() else {}
+    stored, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text()) if config.is_file() else {}
     if not stored.is_file() or "auto_map" in settings:
         return str(folder)
     built = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -148,10 +149,11 @@ def tokenizer_folder(model, trust_remote_code=False):
                 shutil.copy(folder / name, draft)
         right.save(str(draft / "tokenizer.json"))
         (draft / "tokenizer_config.json").write_text(classless)
-        # the type of model might have a class as well: not llama
+        # AutoTokenizer knows classes by the type of the model, too: none for llama
         (draft / "config.json").write_text('{"model_type": "llama"}')
 
-    about = f"{model}: {type(built).__name__} reads text otherwise than its tokenizer.json says, which is followed"
+    otherwise = f"{type(built).__name__}, which reads text otherwise than tokenizer.json says"
+    about = f"the tokenizer of {model} is copied without its class {otherwise}"
     copy = made_once(("tokenizer", right.to_str(), classless), about, make)
     return copy if reads_alike(AutoTokenizer.from_pretrained(copy), right) else str(folder)
 
@@ -159,8 +161,10 @@ def tokenizer_folder(model, trust_remote_code=False):
 def as_transformers_4(stored, settings, bos):
     """What tokenizer.json says as a whole, and the BOS that Llama's class added where its settings said so.
 
-    Of some classes transformers 5 takes the vocabulary from that file and builds the rest itself. A
-    byte-level tokenizer that is labelled LlamaTokenizer, as DeepSeekMath's, loses spaces, newlines and BOS.
+    stored: the path of tokenizer.json; settings: of tokenizer_config.json; bos: a token's text or None. Of
+    some classes transformers 5 takes the vocabulary from that file and builds the rest itself. A byte-level
+    tokenizer that is labelled LlamaTokenizer, as DeepSeekMath's, loses spaces, newlines and BOS (its issues
+    45488 and 48206).
     """
     tokenizer = Tokenizer.from_file(str(stored))
     tokenizer.no_padding()
@@ -180,9 +184,9 @@ def reads_alike(built, right):
 
 
 def made_once(key, about, make):
-    """The folder under HF_HOME/vineppo that make(draft) writes, for what is the same again in the key.
+    """The folder under HF_HOME/vineppo of this key; make(draft) writes it if it is not there.
 
-    One rank of a machine writes it, and says what it is about; the others wait.
+    One rank of a machine writes it and prints about, what is done; the others wait.
     """
     folder = Path(constants.HF_HOME) / "vineppo" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -124,12 +124,10 @@ def test_a_tokenizer_under_a_wrong_class_reads_text_as_its_file_says(byte_level,
     right = Tokenizer.from_file(str(byte_level / "tokenizer.json")).encode(pretrained.PROBE).ids
     set_in(byte_level / "tokenizer_config.json", tokenizer_class=label, add_bos_token=True)
     set_in(byte_level / "config.json", model_type=model_type)
-    assert AutoTokenizer.from_pretrained(byte_level).encode(pretrained.PROBE) != right  # else: why all this?
-    folder = pretrained.tokenizer_folder(byte_level)
-    for tokenizer in (
-        pretrained.load_tokenizer(settings(byte_level)),
-        get_tokenizer(folder, tokenizer_mode="hf"),
-    ):
+    wrong = AutoTokenizer.from_pretrained(byte_level).encode(pretrained.PROBE, add_special_tokens=False)
+    assert wrong != right  # else: why all this?
+    engines = get_tokenizer(pretrained.tokenizer_folder(byte_level), tokenizer_mode="hf")
+    for tokenizer in pretrained.load_tokenizer(settings(byte_level)), engines:
         assert tokenizer.encode(pretrained.PROBE) == [tokenizer.bos_token_id, *right]
         assert tokenizer.decode(right) == pretrained.PROBE
 
@@ -141,6 +139,12 @@ def test_a_tokenizer_whose_class_is_right_is_left_where_it_is(byte_level, tiny_m
     pretrained.tokenizer_folder.cache_clear()
     assert pretrained.tokenizer_folder(byte_level) == str(byte_level)
     assert not cache.exists()
+
+
+def test_a_tokenizer_that_a_copy_does_not_mend_is_left_where_it_is(byte_level, cache, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "reads_alike", lambda *_: False)
+    assert pretrained.tokenizer_folder(byte_level) == str(byte_level)
+    assert "is copied without its class TokenizersBackend" in capsys.readouterr().out
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

@@ -220,14 +220,22 @@ def test_requests_wait_outside_of_an_engine_that_is_full(engine, models, monkeyp
 
 
 def test_a_model_that_the_engine_computes_otherwise_is_noticed_before_training(
-    engine, models, tiny_model, device, capsys
+    engine, models, tiny_model, device, capsys, monkeypatch
 ):
     run = object.__new__(Run)
     run.engine, run.s, run.first = engine, SimpleNamespace(max_tokens=16, seed=0), True
     run.trainer = ppo.Trainer(tiny_model, device, total_steps=4, loading=EXACT)
     problems = [data.Problem("", "", prompt_ids=[1, 5 + i, 9]) for i in range(5)]
     engine.load_weights(run.trainer.weights())
+    score, sampled = run.trainer.score, []
+    monkeypatch.setattr(
+        run.trainer, "score", lambda es: sampled.append([e.response_ids for e in es]) or score(es)
+    )
     assert run.engine_agrees(problems) and not capsys.readouterr().out
+    monkeypatch.setattr(engine, "number", engine.number + 1)
+    assert run.engine_agrees(problems) and len(sampled[0]) == 5 and sampled[0] != sampled[1]
+    monkeypatch.setattr(engine, "number", engine.number - 1)
+    assert run.engine_agrees(problems) and sampled[0] == sampled[2]
     engine.load_weights(full_tensors(models[1]))  # as of a model whose weights the engine takes otherwise
     assert not run.engine_agrees(problems)
     assert "ENGINE AND TRAINER DISAGREE" in capsys.readouterr().out

@@ -329,12 +329,13 @@ def test_when_one_rank_fails_all_stop_and_say_why(tmp_path, tiny_model, how):
 
 
 def test_evaluation_alone(tmp_path, tiny_model):
-    alone = (
+    alone = [
+        *SMALL,
         "--eval_only",
         "--minibatch",
         "3",
-    )  # of which the iteration's 8 responses are no multiple: there is none
-    done = python("train.py", *SMALL, *alone, "--model", tiny_model, "--run_dir", tmp_path / "run")
+    ]  # of which 8 responses are no multiple: there are none
+    done = python("train.py", *alone, "--model", tiny_model, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "accuracy 0.0000 (8 problems, 8 responses, temperature 1.0, top_p 1.0)" in done.stdout
     assert not (tmp_path / "run").exists()
