@@ -17,8 +17,8 @@ All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimize
 responses with them, 40 times (30 on the worded task), and differ in the advantages and the learning rate. The
 controls, named by their responses per iteration, have more of them for the same number of optimizer
 steps. On arithmetic, 32 responses cost about the seconds of K = 2 averaged, 96 those of K = 9, and 256
-the tokens of K = 9; on the worded task 48 cost less than K = 2 averaged, 208 its tokens, and 288 by
-extrapolation the seconds of K = 9. "whitened" and "mask" are controls too. Sampling is at temperature 1.
+the tokens of K = 9; on the worded task 48 cost less than K = 2 averaged, 208 its tokens, and 288 a
+tenth more than the seconds of K = 9. "whitened" and "mask" are controls too. Sampling is at temperature 1.
 So is evaluation, on all 500 held-out problems twice, in the search as well.
 """
 
