@@ -472,7 +472,8 @@ def table_of_methods(plan, methods, results):
 def table_of_pairs(plan, methods, results):
     """Lines of Markdown: of each two methods, their difference at the end, where it is not 0.
 
-    Seed by seed: the runs of one seed draw the same problems and begin with the same accuracy.
+    Seed by seed: the RL runs of one seed draw the same problems and begin with the same accuracy.
+    RestEM's and DPO+'s seeds have nothing in common with theirs, which makes the interval no less valid.
     """
     ends = {m: [accuracies(curve)[-1] for curve in seeds_of(plan, m, results)] for m in methods}
     order = sorted(methods, key=lambda m: -methods[m][-1]["accuracy"])
