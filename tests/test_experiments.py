@@ -144,8 +144,11 @@ def test_pictures_and_tables_come_from_the_results_alone(plan, capsys):
     runs |= {f"rloo-32-s{seed}": result([0.4, 0.45, 0.5], tokens=10) for seed in range(8)}
     # each seed ends 0.01 above K9's, but for two
     runs |= {f"K3-s{seed}": result([0.4, 0.5, 0.61 + (seed - (seed > 5)) / 100]) for seed in range(8)}
+    # by turns 0.05 above K9's and 0.04 below
+    ends = [0.6 + seed / 100 + (-0.04, 0.05)[seed % 2] for seed in range(8)]
+    runs |= {f"grpo-s{seed}": result([0.4, 0.5, end]) for seed, end in enumerate(ends)}
     runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5]) for seed in range(2)}  # not all of PPO's have ended
-    for method in ("K9", "K3", "rloo-32", "ppo"):
+    for method in ("K9", "K3", "rloo-32", "grpo", "ppo"):
         runs |= search_won_by(method, "1e-4")
     for name, r in planned_results(plan, runs).items():
         (plan.results / f"{name}.json").write_text(json.dumps(r))
@@ -154,9 +157,14 @@ def test_pictures_and_tables_come_from_the_results_alone(plan, capsys):
     assert tables == capsys.readouterr().out
     assert "| VinePPO, K = 9 | 1e-4 | 8 | 0.400 | 0.635 ± 0.020 | 0 | 2,000 | 40 |" in tables
     assert "| RLOO, 32 responses | 1e-4 | 8 | 0.400 | 0.500 ± 0.000 | 0 | 200 | 40 |" in tables
-    assert "| K3 | K9 | rloo-32 |" in tables and "| PPO |" not in tables
-    pairs = ["| K3 |  | +0.8 | +14.3 |", "| K9 | -0.8 |  | +13.5 |", "| rloo-32 | -14.3 | -13.5 |  |"]
-    assert "\n".join(pairs) in tables  # K3's and K9's own intervals overlap
+    assert "| K3 | grpo | K9 | rloo-32 |" in tables and "| PPO |" not in tables
+    pairs = [
+        "| K3 |  |  | +0.8 | +14.3 |",  # its own interval and K9's overlap
+        "| grpo |  |  |  | +14.0 |",
+        "| K9 | -0.8 |  |  | +13.5 |",
+        "| rloo-32 | -14.3 | -14.0 | -13.5 |  |",
+    ]
+    assert "\n".join(pairs) in tables
     for picture in ("arithmetic.png", "arithmetic-more.png"):
         assert (plan.results.parent / picture).stat().st_size > 20_000
 
