@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
-from grader import Grader, boxed, extract_answer
-from support import arithmetic, worded
+from grader import Grader
+from grading import boxed, extract_answer
 from support.files import FILE_TYPES, only_file, read_rows
+from tasks import arithmetic, worded
 
 # All four models of the paper were tuned on this prompt; the response begins right after it.
 PAPER_TEMPLATE = "[MATH_TASK] Problem:\n{problem}\n\nSolution:"
@@ -249,7 +250,7 @@ def _as_text(answer, where):
 
 
 def _gold(solution):
-    """The answer at the end of a worked solution, or "" (grader.extract_answer reads sampled text)."""
+    """The answer at the end of a worked solution, or "" (grading.extract_answer reads sampled text)."""
     if "####" in solution:
         return solution.rsplit("####", 1)[1].strip()
     return boxed(solution) or ""

@@ -1,21 +1,15 @@
-r"""Is the final answer of a text right? The reward: exact, without hanging, and without executing
-anything.
+"""Rewards: is the final answer of each response and rollout right?
 
     grader = Grader(workers=4, timeout=1.0)
     grader.grade(texts, golds)  # [True, False, ...]
 
-The rules of equality are in support/answers.py. What they leave to symbolic comparison goes to
-math-verify, in a worker process that the kernel ends when it has used up its CPU time
-(support/symbolic.py): how busy the machine is does not change a verdict.
-Unlike the paper's reward nothing is approximate: there is no percentage rule and no tolerance of
-1e-3 (docs/differences.md).
+What counts as right is grading/'s business. Unlike the paper's reward nothing is approximate: there is no
+percentage rule and no tolerance of 1e-3 (docs/differences.md).
 """
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 
-from support.answers import MAX_LENGTH, equal
-from support.symbolic import Workers
+from grading import MAX_LENGTH, Workers, equal_within, extract_answer
 
 # --- rewards ---
 
@@ -36,71 +30,6 @@ def start_grading(grader, record):
 def _final_text(response):
     """An unfinished response has no answer."""
     return response.text if response.finished else ""
-
-
-# --- the final answer of a text ---
-
-
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-SHORT_BOX = re.compile(r"[-+]?\d[\d.,/]*(?<![.,/])|[a-zA-Z]")  # of \boxed 7
-JOINT = re.compile(  # what may stand between two boxes of one answer
-    r"(?:[\s$,;~]|\\[()\[\], ;]|\\q?quad|and\b|or\b|\\(?:text|mbox)\s*\{[\s,]*(?:and|or)?[\s,]*\})+"
-)
-STATED = [
-    re.compile(pattern)
-    for pattern in (
-        r"####[ \t]*+(?!(?:\*\*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer\b)([^\n]*)",
-        r"(?im)^#+[ \t]*(?:\*\*)?(?:the )?(?:final )?answer(?:\*\*)?[ \t]*(?:\n|:(?:\*\*)?)\s*([^\n]*)",
-        r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\s|\.?$|\n)",
-    )
-]
-
-
-def extract_answer(text):
-    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else what follows
-    a heading "# Answer", else "The answer is ..".
-
-    None where there is none. A last box that is empty or never closed is no answer, and an earlier
-    one does not take its place; nor does one in a <think> block. Boxes joined by "and" or a comma
-    are one answer.
-    """
-    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
-    if BOX.search(text):
-        return boxed(text)
-    for pattern in STATED:
-        if stated := pattern.findall(text):
-            sentence = STATED[-1].match(stated[-1])
-            return (sentence[1] if sentence else stated[-1]).strip() or None
-    return None
-
-
-def boxed(text):
-    r"""What is in the last \boxed{..} or \fbox{..}, and in those joined to it; None if nothing is."""
-    answers, boundary = [], None
-    for box in reversed(list(BOX.finditer(text))):
-        inside, end = _inside_box(text, box.end())
-        joint = text[end:boundary] if answers else ""
-        if answers and not (inside and JOINT.fullmatch(joint) and re.search(r"(?<!\\)[,;]|and|or", joint)):
-            break
-        if not inside:
-            return None
-        if inside not in answers:  # or it is only said twice
-            answers.append(inside)
-        boundary = box.start()
-    return ", ".join(reversed(answers)) or None
-
-
-def _inside_box(text, start):
-    """(the text of the box that begins at start, where it ends); None if it is empty or never closed."""
-    if text[start : start + 1] != "{":
-        short = SHORT_BOX.match(text, start)
-        return (short.group(), short.end()) if short else (None, start)
-    depth = 0
-    for m in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(m.group(), 0)
-        if depth == 0:
-            return text[start + 1 : m.start()].strip() or None, m.end()
-    return None, len(text)
 
 
 # --- cache and processes ---
@@ -151,22 +80,8 @@ class Grader:
 
     def _grade_pair(self, pair):
         """True, False, or None if the pair's time is up."""
-        left = self.timeout
-
-        def symbolic(answer, gold):
-            nonlocal left
-            if left <= 0:
-                raise TimeoutError
-            reply, seconds = self._workers.ask(answer, gold, left)
-            left -= seconds
-            if reply not in ("equal", "different"):
-                raise TimeoutError
-            return reply == "equal"
-
         try:
-            return equal(*pair, symbolic)
-        except TimeoutError:
-            return None
+            return equal_within(self.timeout, *pair, self._workers)
         finally:
             if self.on_graded:
                 self.on_graded()
@@ -175,13 +90,3 @@ class Grader:
         """End the workers."""
         self._threads.shutdown(cancel_futures=True)
         self._workers.close()
-
-
-def is_correct(text, gold):
-    """Whether one text's final answer equals the bare gold answer."""
-    global _grader
-    _grader = _grader or Grader()
-    return _grader.grade([text], [gold])[0]
-
-
-_grader = None

@@ -27,7 +27,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from support.arithmetic import tiny_model
+from tasks.arithmetic import tiny_model
 
 SMALL = dict(
     vocab_size=32, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,

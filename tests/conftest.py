@@ -35,7 +35,7 @@ def device():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with the arithmetic task's model, untrained."""
-    from support.arithmetic import tiny_model
+    from tasks.arithmetic import tiny_model
 
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model(folder, seed=0)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import data
 import train
-from support import worded
+from tasks import worded
 
 
 def run_chain(expression):

@@ -21,8 +21,9 @@ import pytest
 from conftest import ROOT, torchrun
 
 import grader
-from support import answers, symbolic
-from support.symbolic import Workers
+import grading
+from grading import answers, symbolic
+from grading.symbolic import Workers
 
 SAME = {  # kind: "answer | gold"
     "fractions": r"""
@@ -1155,7 +1156,7 @@ def test_another_answer(one_grader, answer, gold):
     ],
 )
 def test_the_final_answer_of_a_text(text, answer):
-    assert grader.extract_answer(text) == answer
+    assert grading.extract_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -1169,12 +1170,12 @@ def test_the_final_answer_of_a_text(text, answer):
     ],
 )
 def test_a_gold_answer_elsewhere_in_the_text_does_not_count(text, gold):
-    assert not grader.is_correct(text, gold)
+    assert not grading.is_correct(text, gold)
 
 
 def test_is_correct_is_the_same_grader():
-    assert grader.is_correct("18 dollars a day.\n#### 1,080", "1080")
-    assert grader.is_correct(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
+    assert grading.is_correct("18 dollars a day.\n#### 1,080", "1080")
+    assert grading.is_correct(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda a: ascii(a[:30]))
@@ -1259,13 +1260,13 @@ def test_a_worker_that_sleeps_is_given_up_in_the_end(monkeypatch, tmp_path):
     (tmp_path / "math_verify" / "parser.py").write_text(
         "import time\ndef latex2sympy(text, **options):\n    time.sleep(100)"
     )
-    support = tmp_path / "support"
-    shutil.copytree(Path(symbolic.__file__).parent, support)
-    text = (support / "symbolic.py").read_text()
+    copy = tmp_path / "grading"
+    shutil.copytree(Path(symbolic.__file__).parent, copy)
+    text = (copy / "symbolic.py").read_text()
     impatient = text.replace("FAR, FAR_PER_SECOND = 30, 30", "FAR, FAR_PER_SECOND = 1, 0")
     assert symbolic.FAR >= 30 and impatient != text
-    (support / "symbolic.py").write_text(impatient)
-    monkeypatch.setattr(symbolic, "__file__", str(support / "symbolic.py"))
+    (copy / "symbolic.py").write_text(impatient)
+    monkeypatch.setattr(symbolic, "__file__", str(copy / "symbolic.py"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     g = grader.Grader(timeout=0.5)
     assert g.grade([r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"]) == [False]
@@ -1314,7 +1315,7 @@ def workers_of(tag):
         try:
             if (
                 tag.encode() in open(f"/proc/{pid}/environ", "rb").read()
-                and b"support.symbolic" in open(f"/proc/{pid}/cmdline", "rb").read()
+                and b"grading.symbolic" in open(f"/proc/{pid}/cmdline", "rb").read()
             ):
                 found.append(int(pid))
         except OSError:
@@ -1432,7 +1433,7 @@ def test_mutated_gold_answers_are_accepted_only_where_they_are_equal(shared_data
             parts = token.findall(gold)
             i, new = draw.randrange(len(parts)), draw.choice(tokens)
             parts[i : i + draw.choice([0, 1, 1])] = draw.choice([[new], []])
-            pairs.append((grader.extract_answer(f"\\boxed{{{''.join(parts)}}}") or "", gold))
+            pairs.append((grading.extract_answer(f"\\boxed{{{''.join(parts)}}}") or "", gold))
     g = grader.Grader()
     right = g.grade([f"\\boxed{{{answer}}}" for answer, _ in pairs], [gold for _, gold in pairs])
     g.close()

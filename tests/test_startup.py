@@ -72,17 +72,17 @@ def test_an_old_python_is_refused_before_the_environment_is_made(tmp_path):
 
 
 TAKE = re.findall(
-    r"^\| ((?:`\w+\.py` ?)+)\|[^|]*\|((?: ?`\w+\.py`)*) ?\|$", (ROOT / "README.md").read_text(), re.M
+    r"^\| ((?:`[\w/.]+` ?)+)\|[^|]*\|((?: ?`[\w/.]+`)*) ?\|$", (ROOT / "README.md").read_text(), re.M
 )
 
 
-@pytest.mark.parametrize("files, support", TAKE)
-def test_what_readme_says_to_copy_works_without_the_rest(files, support, tmp_path):
-    (tmp_path / "support").mkdir()
-    for folder, names in (("", files), ("support", support)):
-        for name in re.findall(r"\w+\.py", names):
-            shutil.copy(ROOT / folder / name, tmp_path / folder)
-    modules = ", ".join(re.findall(r"(\w+)\.py", files))
+@pytest.mark.parametrize("files, needed", TAKE)
+def test_what_readme_says_to_copy_works_without_the_rest(files, needed, tmp_path):
+    for name in re.findall(r"[\w/.]+", files + needed):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        copy = shutil.copytree if name.endswith("/") else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    modules = ", ".join(name.removesuffix(".py").strip("/") for name in re.findall(r"[\w/.]+", files))
     options = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     done = subprocess.run([sys.executable, "-c", f"import {modules}"], **options)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ To know one more spelling, add it to TABLE after the unit's one name.
 
 import re
 
-from support.expressions import FUNCTIONS
+from grading.expressions import FUNCTIONS
 
 TABLE = {  # kind: units, each with its one name first; a plural in s or es is understood
     "length": """

@@ -6,7 +6,7 @@ To know one more spelling, add a line to SPELLINGS.
 import re
 import unicodedata
 
-from support.expressions import FUNCTIONS
+from grading.expressions import FUNCTIONS
 
 CHARACTERS = {
     "−": "-", "–": "-", "±": "\\pm ", "×": "\\times ", "÷": "\\div ", "√": "sqrt ", "°": "^\\circ ",

@@ -8,7 +8,7 @@ how its wording and length were chosen.
 
 import random
 
-from support.tiny_model import write_model
+from tasks.tiny_model import write_model
 
 MONTHS = "January February March April May June July August September October November December".split()
 OPENINGS = """early late soon finally luckily meanwhile later again once suddenly eventually busily

@@ -11,10 +11,10 @@ that is none of these is left to symbolic.
 import re
 from fractions import Fraction
 
-from support.expressions import ACCENTS, FUNCTIONS, GREEK
-from support.spellings import TEXT, VALUE
-from support.spellings import normal as _normal
-from support.units import measured
+from grading.expressions import ACCENTS, FUNCTIONS, GREEK
+from grading.spellings import TEXT, VALUE
+from grading.spellings import normal as _normal
+from grading.units import measured
 
 MAX_LENGTH = 400  # characters of an answer; no gold answer of MATH or GSM8K has half as many
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from support.expressions import plain
+from grading.expressions import plain
 
 WORKER_BYTES = 4 << 30  # address space of a worker: Python, sympy, and what an answer may make of it
 # seconds of wall clock that an answer may take, and how many more for each second of its CPU time:
@@ -51,7 +51,7 @@ class Workers:
 
 
 def _start_worker():
-    command = [sys.executable, "-m", "support.symbolic"]
+    command = [sys.executable, "-c", "from grading.symbolic import work; work()"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=Path(__file__).parents[1], start_new_session=True, **pipes)
 
@@ -65,7 +65,7 @@ def _ready(worker):
     return worker
 
 
-def _work():
+def work():
     """A worker: it loads math-verify once, then forks a child that answers, and a new one if it dies."""
     limits = [
         bound
@@ -181,7 +181,3 @@ class _Math:
         if s.expand(s.numer(s.together(difference))) == 0 or s.simplify(difference) == 0:
             return True
         return s.simplify(s.expand_log(s.expand_trig(s.logcombine(difference)))) == 0
-
-
-if __name__ == "__main__":
-    _work()

@@ -8,7 +8,7 @@ models.
 
 import random
 
-from support.tiny_model import write_model
+from tasks.tiny_model import write_model
 
 
 def rows(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):

@@ -1,0 +1,64 @@
+r"""The final answer of a text: "so it is \boxed{7}." -> "7"."""
+
+import re
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+SHORT_BOX = re.compile(r"[-+]?\d[\d.,/]*(?<![.,/])|[a-zA-Z]")  # of \boxed 7
+JOINT = re.compile(  # what may stand between two boxes of one answer
+    r"(?:[\s$,;~]|\\[()\[\], ;]|\\q?quad|and\b|or\b|\\(?:text|mbox)\s*\{[\s,]*(?:and|or)?[\s,]*\})+"
+)
+STATED = [
+    re.compile(pattern)
+    for pattern in (
+        r"####[ \t]*+(?!(?:\*\*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer\b)([^\n]*)",
+        r"(?im)^#+[ \t]*(?:\*\*)?(?:the )?(?:final )?answer(?:\*\*)?[ \t]*(?:\n|:(?:\*\*)?)\s*([^\n]*)",
+        r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\s|\.?$|\n)",
+    )
+]
+
+
+def extract_answer(text):
+    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else what follows
+    a heading "# Answer", else "The answer is ..".
+
+    None where there is none. A last box that is empty or never closed is no answer, and an earlier
+    one does not take its place; nor does one in a <think> block. Boxes joined by "and" or a comma
+    are one answer.
+    """
+    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
+    if BOX.search(text):
+        return boxed(text)
+    for pattern in STATED:
+        if stated := pattern.findall(text):
+            sentence = STATED[-1].match(stated[-1])
+            return (sentence[1] if sentence else stated[-1]).strip() or None
+    return None
+
+
+def boxed(text):
+    r"""What is in the last \boxed{..} or \fbox{..}, and in those joined to it; None if nothing is."""
+    answers, boundary = [], None
+    for box in reversed(list(BOX.finditer(text))):
+        inside, end = _inside_box(text, box.end())
+        joint = text[end:boundary] if answers else ""
+        if answers and not (inside and JOINT.fullmatch(joint) and re.search(r"(?<!\\)[,;]|and|or", joint)):
+            break
+        if not inside:
+            return None
+        if inside not in answers:  # or it is only said twice
+            answers.append(inside)
+        boundary = box.start()
+    return ", ".join(reversed(answers)) or None
+
+
+def _inside_box(text, start):
+    """(the text of the box that begins at start, where it ends); None if it is empty or never closed."""
+    if text[start : start + 1] != "{":
+        short = SHORT_BOX.match(text, start)
+        return (short.group(), short.end()) if short else (None, start)
+    depth = 0
+    for m in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(m.group(), 0)
+        if depth == 0:
+            return text[start + 1 : m.start()].strip() or None, m.end()
+    return None, len(text)
