@@ -27,8 +27,8 @@ class State:
     prompt_ids: list[int]
     prefix_ids: list[int]  # the very ids that were sampled up to here; empty: s_0, the prompt
     answer: str = ""  # gold
-    rest: int = 0  # tokens of its response after it: an estimate of the length of rollouts
-    home: int = 0  # number of the engine whose response it belongs to
+    tokens_left: int = 0  # tokens of its response after it: an estimate of the length of rollouts
+    engine: int = 0  # number of the engine whose response it belongs to
     number: int = 0  # among the distinct states of that engine's responses
     rollouts: list[Completion] = field(default_factory=list)  # [K]
     value: float | None = None  # V(s_t)
@@ -38,7 +38,7 @@ class State:
         """What is graded."""
         return self.rollouts
 
-    def take(self, completions):
+    def receive(self, completions):
         self.rollouts = completions
 
 
@@ -77,7 +77,7 @@ class Episode:
         """What is graded."""
         return [self]
 
-    def take(self, completions):
+    def receive(self, completions):
         (c,) = completions
         self.response_ids, self.text, self.finished = c.token_ids, c.text, c.finished
         self.engine_logprobs = c.logprobs
@@ -132,7 +132,7 @@ class Estimator:
     def start(self, episode):
         """A response has ended, while others are still being written: begin what can be begun."""
 
-    def deal(self):
+    def rebalance(self):
         """All ranks have their responses: exchange work with other ranks."""
 
     def finish(self):

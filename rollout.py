@@ -212,7 +212,7 @@ class Engine:
         """One step; the records that end with it are filled, and graded in the background. Returns them."""
         ended = []
         for record, completions in self.step():
-            record.take(completions)
+            record.receive(completions)
             start_grading(grader, record)
             ended.append(record)
         return ended
@@ -290,7 +290,7 @@ def split_stops(stop, tokenizer):
 
 
 def shut_down(engine, grader, watch):
-    """End what a program started; all ranks call it, before ranks.leave."""
+    """End what a program started; all ranks call it, before ranks.exit_all."""
     watch.close()
     grader.close()
     dist.barrier()

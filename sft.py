@@ -27,7 +27,7 @@ from episode import Episode
 from learner import learning_rate, micro_batch
 from model import check_supported, compute_dtype, load_sharded, save_pretrained
 from support.pretrained import read_tokenizer, tokenizer_folder
-from support.ranks import check_gpus, from_rank_0, init_distributed, leave, refuse
+from support.ranks import check_gpus, exit_all, from_rank_0, init_distributed, refuse
 from support.settings import parse, setting
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
@@ -163,7 +163,7 @@ def main():
     save_pretrained(policy, tokenizer, s.out, compute_dtype(device))
     if first:
         print(f"wrote {s.out}")
-    leave()
+    exit_all()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from steps import check_rule
 from support.checks import check, check_given
 from support.metrics import evaluation_metrics
 from support.pretrained import fingerprint, load_tokenizer
-from support.ranks import check_gpus, init_distributed, leave, refuse
+from support.ranks import check_gpus, exit_all, init_distributed, refuse
 from support.run import Run
 from support.settings import parse, setting, unescaped
 from support.watch import Stopped, Watch
@@ -214,7 +214,7 @@ def train(s, run, tokenizer, problems, test_problems, device, watch):
                 sample(engine, grader, episodes, s, on_response=estimator.start)
             # 2. V(s_t): the mean reward of K rollouts. Waiting states move to engines with less to do.
             with run.phase("values"):
-                estimator.deal()
+                estimator.rebalance()
             with run.phase("values", can_stop=True):
                 estimator.finish()
             engine.sleep()
@@ -293,7 +293,7 @@ def main():
     with Watch(s.hang_timeout, s.tensor_parallel_size) as watch:
         parts = run, tokenizer, problems, test_problems, device
         code = train(s, *parts, watch) if run else evaluate_only(s, test_problems, watch)
-    leave(code)
+    exit_all(code)
 
 
 if __name__ == "__main__":

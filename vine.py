@@ -16,7 +16,7 @@ from collections import defaultdict
 from episode import Estimator, State
 from grader import set_rewards
 from steps import step_boundaries
-from support.ranks import over_ranks
+from support.ranks import gather_lists
 
 
 def monte_carlo_value(rewards):
@@ -80,7 +80,7 @@ class Vine(Estimator):
     def __init__(self, engine, grader, s):
         self.engine, self.grader, self.s = engine, grader, s
         self.known = {}  # (prompt ids, prefix ids, gold) -> State, of this engine's responses
-        self.guests = []  # states of other engines' responses that this engine values
+        self.borrowed = []  # states of other engines' responses that this engine values
         self.passing = defaultdict(list)  # State -> this engine's responses that pass through it
 
     def start(self, episode):
@@ -100,36 +100,36 @@ class Vine(Estimator):
         limit = s.max_tokens - len(state.prefix_ids)  # what the state leaves of the response's limit
         self.engine.submit(state, s.K, limit, s.temperature, s.top_p)
 
-    def deal(self):
+    def rebalance(self):
         """Deal the waiting states so that all engines have the same amount left to sample.
 
         The rollouts from a state are expected to be as long as the rest of its own response.
         """
         # all responses have ended: what still runs are rollouts
-        under_way = sum(state.rest for state, _ in self.engine.running.values())
+        under_way = sum(state.tokens_left for state, _ in self.engine.running.values())
         waiting = self.engine.take_waiting()
         # one entry for each engine, from the rank that leads it
-        engines = over_ranks([(under_way, waiting)] if self.engine.leads else [])
+        engines = gather_lists([(under_way, waiting)] if self.engine.leads else [])
         own = list(self.known.values())  # own[i].number == i
         for state in even_out(*zip(*engines))[self.engine.number]:
-            if state.home == self.engine.number:
-                state = own[state.number]  # the record itself: over_ranks returns copies
+            if state.engine == self.engine.number:
+                state = own[state.number]  # the record itself: gather_lists returns copies
             else:
-                self.guests.append(state)
+                self.borrowed.append(state)
             self._submit(state)
 
     def finish(self):
         """Wait until all rollouts have ended, and grade them."""
         while self.engine.running:
             self.engine.advance(self.grader)
-        set_rewards(self.grader, [*self.known.values(), *self.guests])
+        set_rewards(self.grader, [*self.known.values(), *self.borrowed])
 
     def set_advantages(self, episodes):
         """Set the values of the states, and from them the advantages of this rank's episodes."""
         own = list(self.known.values())
         # the rollouts that other engines sampled for this one come home
-        for guest in over_ranks(self.guests if self.engine.leads else []):
-            if guest.home == self.engine.number:
+        for guest in gather_lists(self.borrowed if self.engine.leads else []):
+            if guest.engine == self.engine.number:
                 own[guest.number].rollouts = guest.rollouts
         for state in own:
             state.value = self._value(state)
@@ -143,7 +143,7 @@ class Vine(Estimator):
             steps = [g - b for g, b in zip(e.step_targets, e.step_baselines)]
             e.advantages = token_advantages(e.boundaries, steps)
         # the next policy gives its states other values
-        self.known, self.guests, self.passing = {}, [], defaultdict(list)
+        self.known, self.borrowed, self.passing = {}, [], defaultdict(list)
 
     def _value(self, state, without=None):
         """V of a state; with all responses that pass through it as rollouts, too, but one."""
@@ -174,19 +174,19 @@ def states_of(episode, known, max_steps=None, home=0):
 def even_out(loads, queues):
     """Move states from engines that have too much to do to those that have too little.
 
-    loads [engines]: tokens that each has begun already, as State.rest counts them; queues [engines]:
+    loads [engines]: tokens that each has begun already, as State.tokens_left counts them; queues [engines]:
     lists of states. Returns the new queues. Neighbours in a queue, which share a prefix, mostly stay
     together.
     """
     queues, moved = [list(queue) for queue in queues], []
-    loads = [load + sum(state.rest for state in queue) for load, queue in zip(loads, queues)]
+    loads = [load + sum(state.tokens_left for state in queue) for load, queue in zip(loads, queues)]
     mean = sum(loads) / len(loads)
     for i, queue in enumerate(queues):
-        while queue and loads[i] - queue[-1].rest >= mean:
-            loads[i] -= queue[-1].rest
+        while queue and loads[i] - queue[-1].tokens_left >= mean:
+            loads[i] -= queue[-1].tokens_left
             moved.append(queue.pop())
     for i, queue in enumerate(queues):
         while moved and loads[i] < mean:
-            loads[i] += moved[-1].rest
+            loads[i] += moved[-1].tokens_left
             queue.append(moved.pop())
     return queues

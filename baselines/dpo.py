@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from baselines import rounds
 from learner import learning_rate, micro_batch
 from model import load_sharded
-from support.ranks import over_ranks, sum_over_ranks
+from support.ranks import gather_lists, sum_over_ranks
 from support.settings import setting
 
 
@@ -102,7 +102,7 @@ def _reference_logprobs(s, policy, pairs, device):
     for k in range(0, share, s.micro_batch):
         both = [e for pair in mine[k : k + s.micro_batch] for e in pair]
         parts.append(response_logprobs(policy, both, device))
-    return torch.tensor(over_ranks(torch.cat(parts).tolist())).view(-1, 2)
+    return torch.tensor(gather_lists(torch.cat(parts).tolist())).view(-1, 2)
 
 
 if __name__ == "__main__":

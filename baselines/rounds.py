@@ -21,7 +21,7 @@ from model import check_supported, compute_dtype, full_tensors, save_pretrained
 from support.checks import check_temperatures
 from support.metrics import Phases, evaluation_metrics
 from support.pretrained import load_tokenizer, local_folder
-from support.ranks import check_gpus, init_distributed, leave, over_ranks, refuse
+from support.ranks import check_gpus, exit_all, gather_lists, init_distributed, refuse
 from support.settings import parse, setting, unescaped
 from support.watch import Watch
 from train import PRESETS
@@ -101,7 +101,7 @@ def main(method, doc, settings_class, train_round):
     device = init_distributed()
     with Watch() as watch:
         _rounds(s, run, tokenizer, training, test[: s.eval_problems], train_round, device, watch)
-    leave()
+    exit_all()
 
 
 def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
@@ -134,7 +134,7 @@ def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
         episodes = episodes_for(engine.share(drawn), s.responses_per_prompt)
         with phase("sample"):
             sample(engine, grader, episodes, s)
-        episodes = over_ranks(episodes)
+        episodes = gather_lists(episodes)
         engine.sleep()
         with phase("train"):
             policy, steps, metrics = train_round(s, episodes, policy, device)

@@ -68,7 +68,7 @@ class Sequence:
 
 
 class Rank:
-    """One engine, and the states that wait for it. Of a State it uses only `rest`."""
+    """One engine, and the states that wait for it. Of a State it uses only `tokens_left`."""
 
     def __init__(self, model, rng):
         self.model, self.rng, self.seconds, self.tokens = model, rng, 0.0, 0
@@ -79,7 +79,7 @@ class Rank:
         """Start the rollouts of the states for which the engine has room."""
         while self.waiting and len(self.queue) + len(self.running) < ROOM:
             state = self.waiting.popleft()
-            lengths = state.lengths or [varied(state.rest, self.rng) for _ in range(K)]
+            lengths = state.lengths or [varied(state.tokens_left, self.rng) for _ in range(K)]
             self.queue.extend(Sequence(length, state) for length in lengths)
 
     def step(self):
@@ -106,8 +106,8 @@ class Rank:
             self.submit()
 
     def under_way(self):
-        """The cost of what has begun, in the unit of State.rest."""
-        return sum(state.rest for state in {s.state for s in [*self.running, *self.queue]})
+        """The cost of what has begun, in the unit of State.tokens_left."""
+        return sum(state.tokens_left for state in {s.state for s in [*self.running, *self.queue]})
 
     def finish(self):
         """Until all rollouts have ended."""
@@ -122,8 +122,8 @@ def responses_of(solutions, problems, rng):
         for i in range(RESPONSES):
             length, states = varied(cuts[-1], rng), []
             for cut in cuts[:-1]:
-                rest = max(1, round(length * (1 - cut / cuts[-1])))
-                states.append(Valued([], [], rest=rest))
+                tokens_left = max(1, round(length * (1 - cut / cuts[-1])))
+                states.append(Valued([], [], tokens_left=tokens_left))
             yield Sequence(length, states=states[i > 0 :])  # the prompt is a state of the first alone
 
 
@@ -150,7 +150,7 @@ def stored_responses(groups, problems, rng):
     for group in rng.choices(groups, k=problems):
         for sizes, rollouts in group:
             states = [
-                Valued([], [], rest=sum(sizes[t:]), lengths=lengths)
+                Valued([], [], tokens_left=sum(sizes[t:]), lengths=lengths)
                 for t, lengths in enumerate(rollouts)
                 if lengths
             ]

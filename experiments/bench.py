@@ -42,7 +42,7 @@ from grader import Grader
 from model import ChunkedLogprobs, compute_dtype, full_tensors, load_sharded
 from ppo import Trainer
 from support.pretrained import load_tokenizer
-from support.ranks import init_distributed, over_ranks
+from support.ranks import gather_lists, init_distributed
 from vine import Vine
 
 RESULTS = ROOT / "experiments" / "results"
@@ -219,7 +219,7 @@ def generate(engine, prompts, n, max_tokens, temperature, top_p=1.0, logprobs=Fa
         engine.submit(record, n, limit, temperature, top_p, logprobs)
     while engine.running:
         for record, completions in engine.step():
-            record.take(completions)
+            record.receive(completions)
     return [record.rollouts for record in records]
 
 
@@ -382,7 +382,7 @@ def one_rank(model, seed):
         with tempfile.TemporaryDirectory() as folder:
             if dist.get_rank() == 0:
                 tiny_model(folder)
-            folders = over_ranks([folder])  # rank 0's has the model
+            folders = gather_lists([folder])  # rank 0's has the model
             w = Workload(None if model == "tiny" else model, folders[0], prompts=8)
             w.engine.seed(seed)
             dist.barrier()
@@ -392,7 +392,7 @@ def one_rank(model, seed):
             start = time.perf_counter()
             episodes, vine = w.begin()
             sampled = time.perf_counter()
-            vine.deal()
+            vine.rebalance()
             dealt = time.perf_counter()
             vine.finish()
             ended = time.perf_counter()
@@ -400,7 +400,7 @@ def one_rank(model, seed):
             if i:
                 wall, busy = wall + time.perf_counter() - start, busy + (sampled - start) + (ended - dealt)
                 tokens += tokens_of(episodes)
-        ranks = over_ranks([(1 - busy / wall, tokens)])
+        ranks = gather_lists([(1 - busy / wall, tokens)])
         if dist.get_rank() == 0:
             speed = sum(n for _, n in ranks) / wall
             print(json.dumps(dict(speed=speed, idle=[idle for idle, _ in ranks])))

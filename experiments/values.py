@@ -70,7 +70,7 @@ class Analysis:
             self.engine.submit(state, n, s.max_tokens - len(state.prefix_ids), s.temperature, s.top_p)
         while self.engine.running:
             for state, completions in self.engine.step():
-                state.take(completions)
+                state.receive(completions)
 
     def rewards_from(self, states, n, **changes):
         """Rewards of n rollouts from each of the states: a list of n for each."""
@@ -86,12 +86,12 @@ class Analysis:
         problems: at least one, to pad with.
         """
         from episode import State
-        from support.ranks import over_ranks
+        from support.ranks import gather_lists
 
         truth = self.arguments.truth_rollouts
         rows = [estimates(rewards, truth) for rewards in self.rewards_from(states, truth + max(KS))]
         if self.critic:
-            most = max(1, *over_ranks([len(states)]))  # FSDP: the same number of passes on every rank
+            most = max(1, *gather_lists([len(states)]))  # FSDP: the same number of passes on every rank
             padding = [State(problems[0].prompt_ids, [])] * (most - len(states))
             for row, value in zip(rows, network_values(self.critic, states + padding)):
                 row["value network"] = value
@@ -99,7 +99,7 @@ class Analysis:
 
     def states(self, problems):
         """One row per state of one solution to each problem, of all ranks."""
-        from support.ranks import over_ranks
+        from support.ranks import gather_lists
         from vine import states_of
 
         everything = self.solutions(problems, 1 + GROUP)
@@ -111,8 +111,8 @@ class Analysis:
             group_mean = statistics.mean(o.reward for o in others)
             rows += [{"position": t / len(found), "group mean": group_mean} for t in range(len(found))]
         rows = [row | estimated for row, estimated in zip(rows, self.rows_of(states, problems))]
-        rows = over_ranks(rows)
-        accuracy = statistics.mean(over_ranks([e.reward for e in everything]))
+        rows = gather_lists(rows)
+        accuracy = statistics.mean(gather_lists([e.reward for e in everything]))
         return [row | {"constant": accuracy} for row in rows]
 
     def ranking(self, problems):
@@ -123,7 +123,7 @@ class Analysis:
         """
         from episode import State
         from steps import step_boundaries
-        from support.ranks import over_ranks
+        from support.ranks import gather_lists
 
         rng = random.Random(self.arguments.seed)
         starts = []
@@ -146,7 +146,7 @@ class Analysis:
                 states += [State(start.prompt_ids, list(ids), start.answer) for ids in chosen]
                 sizes.append(len(chosen))
         rows = iter(self.rows_of(states, problems))
-        return over_ranks([list(islice(rows, size)) for size in sizes])
+        return gather_lists([list(islice(rows, size)) for size in sizes])
 
 
 def estimates(rewards, truth_rollouts):
@@ -539,7 +539,7 @@ def run(name, a, check, measure, draw):
     """A program that measures checkpoints: check(a) or one line, measure(a, device, watch), draw(folder)."""
     if a.draw:
         return draw(a.results)
-    from support.ranks import check_gpus, init_distributed, leave, refuse
+    from support.ranks import check_gpus, exit_all, init_distributed, refuse
     from support.watch import Watch
 
     try:
@@ -553,7 +553,7 @@ def run(name, a, check, measure, draw):
         measure(a, device, watch)
     if os.environ["RANK"] == "0":
         draw(a.results)
-    leave()
+    exit_all()
 
 
 def main():

@@ -32,7 +32,7 @@ import steps
 import train
 import vine
 from baselines.groups import Group, rloo
-from support.ranks import init_distributed, leave
+from support.ranks import exit_all, init_distributed
 
 PAGE = ROOT / "docs" / "walkthrough.md"
 PROBLEMS, RESPONSES, SEED = 40, 8, 1  # in which a pair of a right and a wrong response is looked for
@@ -533,7 +533,7 @@ def main():
     print(f"wrote {a.out}")
     walk.grader.close()
     walk.engine.shutdown()
-    leave()
+    exit_all()
 
 
 if __name__ == "__main__":

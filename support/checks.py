@@ -3,7 +3,7 @@
 import torch
 
 from support.metrics import check_report
-from support.settings import need
+from support.settings import require
 
 # most that the engine's and the trainer's log-probabilities may differ on average
 GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
@@ -15,10 +15,10 @@ BELONGS_TO["gae_lambda"] = ["vineppo", "ppo"]
 def check_given(s, given):
     """given: names of the settings on the command line, which must have an effect."""
     trains = " --".join(sorted(given & {"iterations", "eval_every", "save_every"}))
-    need(not (s.eval_only and trains), f"--eval_only trains nothing: leave out --{trains}")
+    require(not (s.eval_only and trains), f"--eval_only trains nothing: leave out --{trains}")
     for name in sorted(given & set(BELONGS_TO)):
         why = f"does nothing with --algorithm {s.algorithm}: it belongs to {' and '.join(BELONGS_TO[name])}"
-        need(s.algorithm in BELONGS_TO[name], f"--{name} {why}")
+        require(s.algorithm in BELONGS_TO[name], f"--{name} {why}")
 
 
 def check_temperatures(s):
@@ -26,7 +26,7 @@ def check_temperatures(s):
     for name in ("temperature", "eval_temperature"):
         value, zero = getattr(s, name), name == "eval_temperature"  # 0: greedy
         lowest = "0 or at least 0.01" if zero else "at least 0.01"
-        need(value >= 0.01 or zero and value == 0, f"--{name} {value} must be {lowest}")
+        require(value >= 0.01 or zero and value == 0, f"--{name} {value} must be {lowest}")
 
 
 def check(s, world):
@@ -35,27 +35,27 @@ def check(s, world):
     if not s.eval_only:
         check_batches(s, world)
     size = s.tensor_parallel_size
-    need(world % size == 0, f"--tensor_parallel_size {size} is no divisor of the {world} ranks")
+    require(world % size == 0, f"--tensor_parallel_size {size} is no divisor of the {world} ranks")
     check_temperatures(s)
     greedy = "--eval_temperature 0 gives one and the same response: add --eval_samples 1"
-    need(s.eval_temperature > 0 or s.eval_samples == 1, greedy)
+    require(s.eval_temperature > 0 or s.eval_samples == 1, greedy)
     room = f"--max_tokens {s.max_tokens} leaves no room for prompts in --max_sequence {s.max_sequence}"
-    need(s.max_tokens < s.max_sequence, room)
+    require(s.max_tokens < s.max_sequence, room)
     both = "--eval_only and --resume exclude each other: name the checkpoint's folder with --model"
-    need(not (s.eval_only and s.resume), both)
+    require(not (s.eval_only and s.resume), both)
 
 
 def check_batches(s, world):
     """Raise ValueError where an iteration's responses do not divide over its minibatches and `world` ranks."""
     divide = f"does not divide over {world} ranks: take a multiple of {world}"
     prompts = s.prompts_per_iteration
-    need(prompts % world == 0, f"--prompts_per_iteration {prompts} {divide}")
-    need(s.minibatch % world == 0, f"--minibatch {s.minibatch} {divide}")
+    require(prompts % world == 0, f"--prompts_per_iteration {prompts} {divide}")
+    require(s.minibatch % world == 0, f"--minibatch {s.minibatch} {divide}")
     responses = prompts * s.responses_per_prompt
     what = f"the iteration's {responses} responses (prompts_per_iteration x responses_per_prompt)"
-    need(responses % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide {what}")
+    require(responses % s.minibatch == 0, f"--minibatch {s.minibatch} does not divide {what}")
     few = f"--algorithm {s.algorithm}: --responses_per_prompt 1 must be at least 2, to compare them"
-    need(s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"), few)
+    require(s.responses_per_prompt > 1 or s.algorithm not in ("grpo", "rloo"), few)
 
 
 def disagreement(gap, dtype):

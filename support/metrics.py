@@ -10,8 +10,8 @@ from dataclasses import asdict
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.ranks import over_ranks
-from support.settings import need
+from support.ranks import gather_lists
+from support.settings import require
 
 
 class Phases:
@@ -60,8 +60,8 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
         rows.append((e.reward, e.finished, len(e.states), zeros, len(e.prompt_ids), len(e.response_ids)))
         for state in filter(None, e.states):
             tokens = sum(len(rollout.token_ids) for rollout in state.rollouts)
-            states[state.home, state.number] = state.value, len(state.rollouts), tokens
-    ranks = over_ranks([(rows, states, seconds, counts)])
+            states[state.engine, state.number] = state.value, len(state.rollouts), tokens
+    ranks = gather_lists([(rows, states, seconds, counts)])
     rows = [row for rank in ranks for row in rank[0]]
     # each once, also where ranks share an engine
     states = {key: state for rank in ranks for key, state in rank[1].items()}
@@ -96,7 +96,7 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
 
 def evaluation_metrics(episodes, tensor_parallel):
     """Accuracy and sampled tokens over all ranks. All ranks call it. tensor_parallel: ranks of an engine."""
-    rows = over_ranks([(e.reward, len(e.response_ids)) for e in episodes])
+    rows = gather_lists([(e.reward, len(e.response_ids)) for e in episodes])
     rewards, tokens = zip(*rows)  # those of an engine once from each of its ranks
     return {"accuracy": statistics.mean(rewards), "tokens_evaluate": sum(tokens) // tensor_parallel}
 
@@ -110,7 +110,7 @@ def rounded(value):
 
 def check_report(to):
     """Raise ValueError if metrics cannot be sent there."""
-    need(
+    require(
         to in ("none", "tensorboard", "wandb"),
         f"--report_to {to} is not known: use none, tensorboard or wandb",
     )

@@ -32,7 +32,7 @@ def init_distributed():
     return device
 
 
-def leave(code=0):
+def exit_all(code=0):
     """End this rank's process and the process group. All ranks call it, as the last thing they do.
 
     Python's own exit would race with the threads of gloo: one that has still to release a tensor of
@@ -89,7 +89,7 @@ def refuse(message):
     sys.exit(message)
 
 
-def over_ranks(items):
+def gather_lists(items):
     """The lists of all ranks, concatenated in the order of the ranks. All ranks call it."""
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)

@@ -12,7 +12,7 @@ from episode import Episode
 from support import run_folder
 from support.checks import disagreement
 from support.metrics import Phases, Report, evaluation_metrics, iteration_metrics, rounded
-from support.ranks import from_rank_0, over_ranks
+from support.ranks import from_rank_0, gather_lists
 from support.settings import may_change
 from support.watch import Stopped
 
@@ -101,7 +101,7 @@ class Run:
             self.engine.submit(e, 1, min(16, self.s.max_tokens), 1.0, logprobs=True)
         while self.engine.running:
             for e, completions in self.engine.step():
-                e.take(completions)
+                e.receive(completions)
         self.engine.sleep()
         _, _, metrics = self.trainer.score(episodes)
         if text := disagreement(metrics["logprob_gap"], self.trainer.dtype):
@@ -162,7 +162,7 @@ class Run:
         s, self.done = self.s, iteration + 1
         metrics = {"iteration": self.done} | self._measured(episodes) | metrics
         if torch.cuda.is_available():
-            metrics["gpu_free_gb"] = min(over_ranks([torch.cuda.mem_get_info()[0] / 1e9]))
+            metrics["gpu_free_gb"] = min(gather_lists([torch.cuda.mem_get_info()[0] / 1e9]))
         if evaluated is not None:
             metrics |= evaluation_metrics(evaluated, self.engine.tensor_parallel)
             self.accuracy = metrics["accuracy"]
@@ -176,7 +176,7 @@ class Run:
         self._check(metrics)
         self._show(metrics)
         if s.store_every and (iteration == 0 or self.done % s.store_every == 0):
-            solutions = over_ranks([e.as_dict(self.engine.decode) for e in episodes])
+            solutions = gather_lists([e.as_dict(self.engine.decode) for e in episodes])
             if self.first:
                 path = self.folder / "episodes" / f"{self.done:06}.jsonl.gz"
                 run_folder.write_solutions(path, solutions)

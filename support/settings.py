@@ -59,7 +59,7 @@ def unescaped(text):
     return text and text.replace("\\n", "\n")
 
 
-def need(condition, message):
+def require(condition, message):
     """Raise ValueError, with a message for the user, where a condition of the settings is not met."""
     if not condition:
         raise ValueError(message)
@@ -74,7 +74,7 @@ def check_ranges(settings):
         fits = (low is None or value >= low) and (above is None or value > above)
         lower = f"at least {low}" if low is not None else f"above {above}"
         upper = "" if high is None else f" and at most {high}"
-        need(fits and (high is None or value <= high), f"--{f.name} {value} must be {lower}{upper}")
+        require(fits and (high is None or value <= high), f"--{f.name} {value} must be {lower}{upper}")
 
 
 def may_change(settings):

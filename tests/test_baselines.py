@@ -21,7 +21,7 @@ from episode import Episode
 from model import full_tensors, load_sharded
 from ppo import Trainer
 from rollout import episodes_for, sample
-from support.ranks import init_distributed, leave
+from support.ranks import exit_all, init_distributed
 from vine import Vine
 
 # --- GRPO, RLOO ---
@@ -450,4 +450,4 @@ if __name__ == "__main__":  # one rank of test_two_ranks_train_the_baselines_as_
     weights = trained(sys.argv[1], joined, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if torch.distributed.get_rank() == 0:
         torch.save(weights, sys.argv[2])
-    leave()
+    exit_all()

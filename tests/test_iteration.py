@@ -175,7 +175,7 @@ def value_unequal_problems(rank):
     vine = Vine(engine, grader, s)
     episodes = episodes_for([Problem("", "1", prompt_ids=[ord(str(rank))])], 1)
     sample(engine, grader, episodes, s, on_response=vine.start)
-    vine.deal()
+    vine.rebalance()
     vine.finish()
     vine.set_advantages(episodes)
     grader.close()
@@ -189,13 +189,13 @@ import json, sys
 sys.path.insert(0, "tests")
 import torch.distributed as dist
 import test_iteration
-from support.ranks import init_distributed, leave, over_ranks
+from support.ranks import init_distributed, exit_all, gather_lists
 init_distributed()
 rank = dist.get_rank()
-found = over_ranks([test_iteration.value_unequal_problems(rank)])
+found = gather_lists([test_iteration.value_unequal_problems(rank)])
 if rank == 0:
     print(json.dumps(found))
-leave()
+exit_all()
 """
 
 
@@ -220,11 +220,11 @@ costs = st.lists(st.integers(1, 50), max_size=20)
 @given(st.lists(st.tuples(st.integers(0, 100), costs), min_size=1, max_size=8))
 def test_queues_are_evened_out_as_far_as_their_items_allow(engines):
     begun, queues = zip(*engines)
-    items = [[State([], [], rest=cost) for cost in queue] for queue in queues]
+    items = [[State([], [], tokens_left=cost) for cost in queue] for queue in queues]
     dealt = even_out(begun, items)
     assert sorted(id(x) for queue in dealt for x in queue) == sorted(id(x) for queue in items for x in queue)
     loads, loads_after = (
-        [load + sum(x.rest for x in q) for load, q in zip(begun, qs)] for qs in (items, dealt)
+        [load + sum(x.tokens_left for x in q) for load, q in zip(begun, qs)] for qs in (items, dealt)
     )
     mean = sum(loads) / len(items)
     for i, (before, after) in enumerate(zip(loads, loads_after)):
@@ -233,7 +233,7 @@ def test_queues_are_evened_out_as_far_as_their_items_allow(engines):
             assert after < mean + 50 or dealt[i] == items[i]
         else:  # it keeps no more than it must
             assert dealt[i] == items[i][: len(dealt[i])] and mean <= after <= before
-            assert not dealt[i] or after - dealt[i][-1].rest < mean
+            assert not dealt[i] or after - dealt[i][-1].tokens_left < mean
 
 
 def test_an_iteration_in_which_the_engine_gave_everything_up_goes_through(device):

@@ -28,7 +28,7 @@ import model as networks
 import ppo
 from episode import Episode
 from model import ChunkedLogprobs, device_mesh, full_tensors, load_sharded, save_pretrained, token_entropy
-from support.ranks import init_distributed, leave
+from support.ranks import exit_all, init_distributed
 
 
 def random_tokens(count=15, seed=0):
@@ -534,4 +534,4 @@ if __name__ == "__main__":  # one of two ranks
     assert mesh.shape == ((2, 1) if hybrid else (2,))
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
-    leave()
+    exit_all()

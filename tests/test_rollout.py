@@ -197,7 +197,7 @@ def test_a_prefix_counts_as_part_of_the_response(engine, models):
         while engine.running:
             for record, completions in engine.step():
                 assert record is state  # the engine gives back what it was given
-                record.take(completions)
+                record.receive(completions)
         for c in state.rollouts:
             whole = engine.decode(prefix + c.token_ids)
             assert c.text == (text if text is not None else whole.split("#")[0]) and (

@@ -142,7 +142,7 @@ SETTINGS = [(lam, m) for lam in (0.0, 0.5, 1.0) for m in (0.0, 0.5, 1.0)]
 @pytest.mark.parametrize("cap", [None, 2])
 @pytest.mark.parametrize("lam, m", SETTINGS)
 def test_the_gradient_is_unbiased_whatever_is_averaged(lam, m, cap, monkeypatch):
-    monkeypatch.setattr(vine, "over_ranks", list)
+    monkeypatch.setattr(vine, "gather_lists", list)
     settings = dict(gae_lambda=lam, baseline_smoothing=m, share_responses=False, cap=cap)
     assert true_gradient() == pytest.approx(6 * P * (1 - P) * P * (1 - P))  # P(1-P) d/dP of 3P^2 - 2P^3
     assert expected_gradient(1, settings) == pytest.approx(true_gradient(cap or 3), rel=1e-9)
@@ -152,7 +152,7 @@ def test_the_gradient_is_unbiased_whatever_is_averaged(lam, m, cap, monkeypatch)
 def test_other_responses_as_rollouts_leave_the_gradient_unbiased_and_the_own_one_would_not(
     lam, m, monkeypatch
 ):
-    monkeypatch.setattr(vine, "over_ranks", list)
+    monkeypatch.setattr(vine, "gather_lists", list)
     settings = dict(gae_lambda=lam, baseline_smoothing=m, share_responses=True, cap=None)
     assert expected_gradient(2, settings) == pytest.approx(true_gradient(), rel=1e-9)
     assert expected_gradient(1, settings, spoil=True) < 0.9 * true_gradient()
@@ -168,7 +168,7 @@ def test_each_distinct_state_is_estimated_once():
     states = [vine.states_of(e, known) for e in episodes]
     assert [state.number for state in known.values()] == list(range(5))
     assert states[0][:2] == states[1]  # the prompt and the shared first step
-    assert [state.rest for state in states[0]] == [
+    assert [state.tokens_left for state in states[0]] == [
         4,
         2,
         1,

@@ -15,7 +15,7 @@ RANK = """
 import support.startup
 import os, signal, sys, time
 import torch.distributed as dist
-from support.ranks import init_distributed, leave
+from support.ranks import init_distributed, exit_all
 from support.watch import Stopped, Watch
 
 how, folder = sys.argv[1:]
@@ -66,7 +66,7 @@ with Watch(hang_timeout=3, tensor_parallel=2 if how == "pair" else 1) as watch:
     if watch.error:
         raise watch.error
     code = watch.exit_code()
-leave(code)
+exit_all(code)
 """
 
 
