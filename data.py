@@ -24,6 +24,7 @@ CHAT_TEMPLATES = {  # what a chat model is asked, inside its own chat markup
     "math": "{problem}\n\nReason step by step, and put your final answer within \\boxed{}.",
     "gsm8k": "{problem}\n\nReason step by step, one step per line, and end with a line '#### <number>'.",
 }
+MAX_BAD_ANSWERS = 0.03  # the largest share of gold answers that no response can match
 BUILT_IN = {"arithmetic": arithmetic, "worded": worded}  # tasks that are generated
 HUB = {"math": ("nlile/hendrycks-MATH-benchmark", None), "gsm8k": ("openai/gsm8k", "main")}
 
@@ -154,7 +155,7 @@ def encode_splits(splits, tokenizer, s, say=None):
     encoded, skipped = zip(*(encode(problems, tokenizer, limit, s.chat) for problems in splits))
     if not all(encoded):
         raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {limit} tokens")
-    check_golds([p for split in encoded for p in split], s.max_bad_answers, say)
+    check_golds([p for split in encoded for p in split], say)
     if say:
         _say_what_repeats(encoded, say)
     if sum(skipped) and say:
@@ -162,15 +163,15 @@ def encode_splits(splits, tokenizer, s, say=None):
     return encoded
 
 
-def check_golds(problems, most, say=None):
-    """Count the gold answers that no response can match; raise ValueError if their share is above `most`."""
+def check_golds(problems, say=None):
+    """Count the gold answers that no response can match; raise ValueError for more than MAX_BAD_ANSWERS of them."""
     bad = [(p, why) for p, why in zip(problems, _whats_wrong([p.answer for p in problems])) if why]
     if not bad:
         return
     shown = "; ".join(f"{p.where}: {p.answer[:60]!r} {why}" for p, why in bad[:3])
     text = f"no response can match {len(bad)} of {len(problems)} gold answers, the first: {shown}"
-    if len(bad) > most * len(problems):
-        raise ValueError(f"{text} (--max_bad_answers {most} is the share that is let through)")
+    if len(bad) > MAX_BAD_ANSWERS * len(problems):
+        raise ValueError(f"{text} (at most {MAX_BAD_ANSWERS:.0%} of them may be so)")
     if say:
         say(text)
 

@@ -11,36 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from grading import MAX_LENGTH, Workers, equal_within, extract_answer
 
-# --- rewards ---
-
-
-def set_rewards(grader, records):
-    """The reward of each response or rollout: 1.0 for a finished one whose answer is right, else 0.0."""
-    responses = [response for record in records for response in record.responses]
-    golds = [record.answer for record in records for _ in record.responses]
-    for response, right in zip(responses, grader.grade(list(map(_final_text, responses)), golds)):
-        response.reward = float(right)
-
-
-def start_grading(grader, record):
-    """Begin in the background what set_rewards will ask."""
-    grader.start(list(map(_final_text, record.responses)), [record.answer] * len(record.responses))
-
-
-def _final_text(response):
-    """An unfinished response has no answer."""
-    return response.text if response.finished else ""
-
-
-# --- cache and processes ---
-
 
 class Grader:
-    """Grades with `workers` processes for the symbolic part, which has `timeout` seconds of CPU time
-    for a pair.
+    """Grades with `workers` processes for the symbolic part, which has `timeout` seconds of CPU time for a pair.
 
-    counts: pairs graded, answered from the cache (every distinct pair is graded once), timed_out,
-    and texts with no_answer. on_graded is called after each pair, in the thread that graded it.
+    counts: pairs graded, answered from the cache (every distinct pair is graded once), timed_out, and texts
+    with no_answer. on_graded is called after each pair, in the thread that graded it.
     """
 
     MAX_CACHE = 500_000  # pairs
@@ -51,17 +27,27 @@ class Grader:
         self._threads, self._started = ThreadPoolExecutor(workers), {}  # _started: pair -> Future
         self._workers = Workers(workers)
 
-    def start(self, texts, golds):
-        """Begin to grade in the background. Returns the pairs (final answer, gold answer)."""
-        pairs = [(extract_answer(text), gold) for text, gold in zip(texts, golds, strict=True)]
-        for pair in pairs:
-            if pair not in self.cache and pair not in self._started and pair[0] is not None:
-                self._started[pair] = self._threads.submit(self._grade_pair, pair)
-        return pairs
+    # --- records: episodes, and states with their rollouts ---
+
+    def begin(self, record):
+        """Begin in the background what set_rewards will ask."""
+        self._start([_final_text(r) for r in record.responses], [record.answer] * len(record.responses))
+
+    def set_rewards(self, records):
+        """The reward of each response or rollout: 1.0 for a finished one whose answer is right, else 0.0.
+
+        An unfinished one, which reached the token limit, has no answer.
+        """
+        pairs = [(response, record.answer) for record in records for response in record.responses]
+        verdicts = self.grade([_final_text(response) for response, _ in pairs], [gold for _, gold in pairs])
+        for (response, _), right in zip(pairs, verdicts):
+            response.reward = float(right)
+
+    # --- texts ---
 
     def grade(self, texts, golds):
         """Whether each text's final answer equals its gold answer, a bare answer: list of bool."""
-        pairs = self.start(texts, golds)
+        pairs = self._start(texts, golds)
         if len(self.cache) > self.MAX_CACHE:
             self.cache = {pair: self.cache[pair] for pair in pairs if pair in self.cache}
         new = {pair for pair in pairs if pair in self._started}
@@ -78,6 +64,14 @@ class Grader:
         self.counts["no_answer"] += missing
         return [bool(known.get(pair)) for pair in pairs]
 
+    def _start(self, texts, golds):
+        """Begin to grade in the background. Returns the pairs (final answer, gold answer)."""
+        pairs = [(extract_answer(text), gold) for text, gold in zip(texts, golds, strict=True)]
+        for pair in pairs:
+            if pair not in self.cache and pair not in self._started and pair[0] is not None:
+                self._started[pair] = self._threads.submit(self._grade_pair, pair)
+        return pairs
+
     def _grade_pair(self, pair):
         """True, False, or None if the pair's time is up."""
         try:
@@ -90,3 +84,7 @@ class Grader:
         """End the workers."""
         self._threads.shutdown(cancel_futures=True)
         self._workers.close()
+
+
+def _final_text(response):
+    return response.text if response.finished else ""

@@ -1,7 +1,10 @@
-"""One optimizer step of a sharded network: minibatches, packed micro-batches without padding,
-gradients, skipped steps.
+"""How a sharded network learns: packed micro-batches without padding, and optimizer steps.
 
-The policy (ppo.py) and PPO's value network (baselines/critic.py) each have a Learner.
+    for step in learner.steps(episodes, batches):
+        for m in step.micro_batches():
+            step.backward(loss of m, metrics of m)
+
+The policy (ppo.py), PPO's value network (baselines/critic.py), sft.py and DPO+ (baselines/dpo.py) learn so.
 """
 
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ class MicroBatch:
 
     input_ids: torch.Tensor  # [1, L]
     position_ids: torch.Tensor  # [1, L], which begin at 0 in each episode
+    rows: list[int]  # the index of each episode among the rank's
     lengths: list[int]  # of each episode
     cu_seqlens: torch.Tensor  # [episodes + 1], int32: where each begins, and L
     positions: torch.Tensor  # [N], where in the row each action token is predicted
@@ -45,8 +49,13 @@ def per_token(episodes, name, device):
 def micro_batch(episodes, rows, device, empty=False):
     """The MicroBatch of the episodes `rows`.
 
-    empty: without action tokens (N = 0), for a rank that has fewer micro-batches than the others:
-    FSDP needs the same number of forward and backward passes on all of them.
+    Two episodes of 2 + 1 and 2 + 2 tokens, prompt [7, 8] both, responses [1] and [2, 3]:
+
+        input_ids     7 8 1 7 8 2 3      cu_seqlens  0 3 7
+        position_ids  0 1 2 0 1 2 3      positions   1 4 5      targets  1 2 3
+
+    empty: without action tokens (N = 0), for a rank that has fewer micro-batches than the others: FSDP needs
+    the same number of forward and backward passes on all of them.
     """
     begins = [0, *accumulate(len(e.response_ids) for e in episodes)]
     ids, position_ids, positions, tokens, lengths = [], [], [], [], []
@@ -63,7 +72,7 @@ def micro_batch(episodes, rows, device, empty=False):
     actions = torch.tensor([positions, tokens], dtype=torch.long).to(device, non_blocking=True)  # [2, N]
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     cu_seqlens, targets = cu_seqlens.to(device, non_blocking=True), row[0, actions[0] + 1]
-    return MicroBatch(row[:1], row[1:], lengths, cu_seqlens, actions[0], targets, actions[1])
+    return MicroBatch(row[:1], row[1:], list(rows), lengths, cu_seqlens, actions[0], targets, actions[1])
 
 
 def micro_batches(episodes, rows, max_tokens, device):
@@ -99,14 +108,24 @@ def fewest_parts(lengths, max_tokens):
     return count
 
 
-def minibatches(num_episodes, size, epochs, seed):
-    """Indices of the episodes of each minibatch, shuffled in every epoch. seed: a tuple of ints."""
+def minibatches(num_episodes, s, step):
+    """The rows of this rank's episodes in each minibatch of an update: s.epochs passes, shuffled anew.
+
+    Eight episodes on each of two ranks, s.minibatch 8 and one epoch: [[5, 0, 7, 2], [1, 6, 3, 4]], say. step:
+    optimizer steps so far; together with s.seed they are the seed. Raises ValueError where the episodes do not divide.
+    """
+    size = s.minibatch // dist.get_world_size()
     if not num_episodes or num_episodes % size:
         raise ValueError(f"{num_episodes} episodes on this rank do not divide into minibatches of {size}")
-    for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(hash((*seed, epoch)) % 2**63)
+    for epoch in range(s.epochs):
+        generator = torch.Generator().manual_seed(hash((s.seed, step, epoch)) % 2**63)
         order = torch.randperm(num_episodes, generator=generator)
         yield from (rows.tolist() for rows in order.split(size))
+
+
+def optimizer_steps(s):
+    """Optimizer steps of a whole run, over which the learning rate decays."""
+    return s.iterations * s.epochs * (s.prompts_per_iteration * s.responses_per_prompt // s.minibatch)
 
 
 def learning_rate(step, total_steps, peak, warmup_fraction=0.03):
@@ -115,88 +134,107 @@ def learning_rate(step, total_steps, peak, warmup_fraction=0.03):
     return peak * min((step + 1) / warmup, max(0.0, (total_steps - step) / max(1, total_steps - warmup)))
 
 
-class Learner:
-    """A sharded network, its optimizer, and how it makes the steps of an update.
+class Step:
+    """One optimizer step: a minibatch over all ranks, of which this rank has the episodes `rows`."""
 
-    model: see model.load_sharded. total_steps: optimizer steps of the whole run, for the learning
-    rate's decay. minibatch: episodes per optimizer step over all ranks. micro_batch_tokens: tokens
-    per forward pass of a rank; it changes memory and speed, not the result. epochs: passes over the
-    episodes in each update.
+    def __init__(self, learner, episodes, rows):
+        self.learner, self.episodes, self.rows = learner, episodes, rows
+        tokens = sum(len(episodes[i].response_ids) for i in rows)
+        counts = torch.tensor([float(len(rows)), float(tokens)], device=learner.device)
+        # of the whole minibatch
+        self.num_responses, self.num_tokens = sum_over_ranks(counts).clamp(min=1).tolist()
+        self.names, self.sums = [], 0.0
+
+    def micro_batches(self):
+        """The minibatch's MicroBatches, the same number on every rank."""
+        return self.learner.micro_batches(self.episodes, self.rows)
+
+    def backward(self, loss, metrics=None):
+        """Add a micro-batch's part of the minibatch's loss, a scalar, to the gradient.
+
+        metrics: {name: detached scalar}, which add up over the micro-batches and ranks as the loss does.
+        """
+        # FSDP averages over the ranks; the minibatch's gradient is their sum
+        (loss * dist.get_world_size()).backward()
+        self.names = ["loss", *(metrics or {})]
+        self.sums = self.sums + torch.stack([loss.detach(), *(metrics or {}).values()])
+
+
+class Learner:
+    """A sharded network (see model.load_sharded), its optimizer, and how it makes a step.
+
+    learning_rate: peak, see learning_rate. total_steps: optimizer steps of the whole run. micro_batch_tokens:
+    tokens per forward pass of a rank, or micro_batch: episodes per forward pass, in the order of the rows;
+    it changes memory and speed, not the result.
     """
 
+    MAX_NORM = 1.0  # larger gradients are scaled down to this norm
     MAX_RATIO = 10.0  # a step whose mean ratio exceeds this is skipped, as in the released code
     MAX_SKIPPED = 32  # this many skipped in a row, two of the paper's iterations, end the run
 
     def __init__(
-        self, model, device, *, total_steps, learning_rate=1e-6, minibatch=64, micro_batch_tokens=8192, epochs=2,
-        max_grad_norm=1.0, seed=0,
-    ):  # fmt: skip
-        self.model, self.device, self.seed = model, device, seed
-        self.total_steps, self.peak = total_steps, learning_rate
-        self.minibatch, self.micro_batch_tokens = minibatch // dist.get_world_size(), micro_batch_tokens
-        self.epochs, self.max_grad_norm = epochs, max_grad_norm
+        self, model, device, learning_rate, total_steps, *, micro_batch_tokens=None, micro_batch=None
+    ):
+        self.model, self.device, self.peak, self.total_steps = model, device, learning_rate, total_steps
+        self.micro_batch_tokens, self.micro_batch = micro_batch_tokens, micro_batch
         self.step, self.skipped = 0, 0  # optimizer steps so far; steps skipped in a row
+        self.reports = []  # metrics of each step of the update
         options = dict(lr=learning_rate, weight_decay=0.0, fused=device.type != "cpu")
         self.optimizer = torch.optim.AdamW(model.parameters(), **options)
 
     def micro_batches(self, episodes, rows=None):
         """The MicroBatches of a minibatch, or of all episodes."""
         rows = range(len(episodes)) if rows is None else rows
+        if self.micro_batch:
+            parts = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+            return [micro_batch(episodes, part, self.device) for part in parts]
         return micro_batches(episodes, rows, self.micro_batch_tokens, self.device)
 
-    def fit(self, episodes, loss_of, counted=None):
-        """Epochs of optimizer steps on this rank's episodes; every rank brings the same number.
+    def steps(self, episodes, batches):
+        """Yield a Step for each minibatch, and make the optimizer step once the loop's body has added its gradient.
 
-        loss_of(m, num_responses, num_tokens) returns (the MicroBatch's part of the minibatch's loss,
-        a scalar; metrics {name: scalar} that add up likewise). counted [N]: 1.0 for the action tokens that
-        num_tokens counts, else 0.0; None: all. Returns the means over the optimizer steps, without skipped
-        ones unless all are, and skipped_steps.
+        batches: the rows of this rank's episodes in each; every rank brings the same number.
         """
-        steps, tokens = [], [len(e.response_ids) for e in episodes]
-        if counted is not None:
-            tokens = torch.stack([part.sum() for part in counted.split(tokens)]).tolist()
-        for rows in minibatches(len(episodes), self.minibatch, self.epochs, (self.seed, self.step)):
-            steps.append(self._optimizer_step(episodes, rows, loss_of, sum(tokens[i] for i in rows)))
+        self.reports = []
+        for rows in batches:
+            self.optimizer.zero_grad()
+            step = Step(self, episodes, rows)
+            yield step
+            self.reports.append(self._finish(step))
         self.optimizer.zero_grad()  # nothing stays beside the engine that need not
-        skipped = sum(step["skipped"] for step in steps)
-        kept = [step for step in steps if not step["skipped"]] or steps
-        names = [name for name in steps[0] if name != "skipped"]
-        means = {name: sum(step[name] for step in kept) / len(kept) for name in names}
-        return means | {"skipped_steps": skipped}
 
-    def _optimizer_step(self, episodes, rows, loss_of, tokens):
-        """One gradient step on the episodes `rows` of this rank, which have `tokens` action tokens that
-        count, and the other ranks' shares.
-        """
+    def _finish(self, step):
+        """Clip the gradient and make the optimizer step, or skip it. Returns the minibatch's metrics."""
         lr = learning_rate(self.step, self.total_steps, self.peak)
-        counts = torch.tensor([float(len(rows)), float(tokens)], device=self.device)
-        num_responses, num_tokens = sum_over_ranks(counts).clamp(min=1).tolist()  # of the minibatch
-        self.optimizer.zero_grad()
-        sums = 0.0
-        for m in self.micro_batches(episodes, rows):
-            loss, metrics = loss_of(m, num_responses, num_tokens)
-            # FSDP averages over the ranks; the minibatch's gradient is their sum
-            (loss * dist.get_world_size()).backward()
-            sums = sums + torch.stack([loss.detach(), *metrics.values()])
-        means = dict(zip(["loss", *metrics], sum_over_ranks(sums).tolist()))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        numbers = dict(zip(step.names, sum_over_ranks(step.sums).tolist()))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.MAX_NORM)
         norm = norm.full_tensor().item()
-        finite = abs(means["loss"]) < float("inf") and norm < float("inf")  # False for NaN
-        skipped = not (finite and means.get("ratio", 1.0) <= self.MAX_RATIO)
+        finite = abs(numbers["loss"]) < float("inf") and norm < float("inf")  # False for NaN
+        skipped = not (finite and numbers.get("ratio", 1.0) <= self.MAX_RATIO)
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.skipped = self.skipped + 1 if skipped else 0
         self.step += 1
-        numbers = means | {"grad_norm": norm, "learning_rate": lr}
+        numbers |= {"grad_norm": norm, "learning_rate": lr}
         if self.skipped >= self.MAX_SKIPPED:
-            told = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-            why = "since a number was not finite or the ratio too large"
+            last = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
             raise RuntimeError(
-                f"{self.skipped} optimizer steps in a row were skipped, {why}; the last: {told}"
+                f"{self.skipped} optimizer steps in a row were skipped, "
+                f"since a number was not finite or the ratio too large; the last: {last}"
             )
         return numbers | {"skipped": skipped}
+
+    def means(self):
+        """Metrics of the update: means over its optimizer steps, and skipped_steps.
+
+        Skipped steps do not count, unless all were skipped.
+        """
+        made = [report for report in self.reports if not report["skipped"]] or self.reports
+        names = [name for name in made[0] if name != "skipped"]
+        means = {name: sum(report[name] for report in made) / len(made) for name in names}
+        return means | {"skipped_steps": sum(report["skipped"] for report in self.reports)}
 
     def save(self, folder):
         """Write weights, optimizer and step count, sharded. All ranks call it."""

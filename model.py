@@ -168,15 +168,15 @@ def compute_dtype(device, bfloat16=None):
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
-def device_mesh(device, hybrid=False):
-    """All ranks; hybrid: [machines, ranks of each], to shard within a machine and replicate across."""
+def device_mesh(device):
+    """The ranks of one machine; of several, [machines, ranks]: each holds a whole copy, sharded over its ranks."""
     world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
-    shape, names = ((world // local, local), ("replicate", "shard")) if hybrid else ((world,), None)
+    shape, names = ((world // local, local), ("replicate", "shard")) if world > local else ((world,), None)
     return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def load_sharded(
-    path, device, trainable=True, *, bfloat16=None, checkpoint_activations=None, hybrid=False, trust_remote_code=False,
+    path, device, trainable=True, *, bfloat16=None, checkpoint_activations=None, trust_remote_code=False,
     wrapper=Policy, architecture=AutoModelForCausalLM, **options,
 ):  # fmt: skip
     """A Policy from a Hugging Face folder or hub name, sharded over all ranks layer by layer with FSDP2.
@@ -184,7 +184,7 @@ def load_sharded(
     A trainable one has fp32 master weights. A frozen one is kept in the compute type, and on GPUs
     its shards live in host memory and visit the GPU layer by layer. bfloat16: compute in bf16;
     None: on GPUs only. checkpoint_activations: recompute them in the backward pass, for less memory
-    and a third more time; None: on GPUs only. hybrid: see device_mesh. trust_remote_code: let a hub
+    and a third more time; None: on GPUs only. trust_remote_code: let a hub
     model bring code of its own. wrapper, architecture: another network, with its options for the
     configuration. Raises OSError or ValueError for a model that is not there or not supported.
     """
@@ -204,7 +204,7 @@ def load_sharded(
     if trainable and (on_gpu if checkpoint_activations is None else checkpoint_activations):
         network.gradient_checkpointing_enable()
     sharding = dict(
-        mesh=device_mesh(device, hybrid),
+        mesh=device_mesh(device),
         mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
         offload_policy=CPUOffloadPolicy() if on_gpu and not trainable else OffloadPolicy(),
     )

@@ -1,12 +1,12 @@
 """PPO's update: whitened advantages, the clipped loss, the KL penalty, and the trainer of the policy.
 
-trainer = Trainer(path, device, total_steps=16_000)
+trainer = Trainer(s, device)
 metrics = trainer.update(episodes)  # on every rank, with its own episodes, whose advantages are set
 """
 
 import torch
 
-from learner import Learner, per_token
+from learner import Learner, minibatches, optimizer_steps, per_token
 from model import compute_dtype, full_tensors, load_sharded, save_pretrained
 from support.ranks import sum_over_ranks
 
@@ -33,35 +33,31 @@ def k3(ref_logprobs, logprobs):
 
 
 def ppo_loss(
-    logprobs, old_logprobs, ref_logprobs, advantages, num_responses, num_tokens=None, clip=0.2, kl_coef=1e-4, kept=None,
-):  # fmt: skip
-    """Clipped policy loss plus KL penalty. All tensors [N]: the action tokens of some responses.
+    logprobs, old_logprobs, ref_logprobs, advantages, num_responses, num_tokens, *, clip=0.2, kl_coef=1e-4
+):
+    """Clipped policy loss plus KL penalty. The first four [N]: of the action tokens of some responses.
 
         policy = 1/num_tokens    sum_tokens max(-A rho, -A clip(rho, 1 - clip, 1 + clip))    rho = pi / pi_old
         kl     = 1/num_responses sum_tokens k3(pi_ref, pi)
 
-    kept: 1.0 for the tokens that enter the policy's part, which num_tokens counts, else 0.0; None: all.
-    num_tokens and num_responses are those of the whole minibatch over all ranks, so the losses of
-    its micro-batches add up to the minibatch's; num_tokens None means that these tokens are the
-    minibatch. Returns (loss, metrics): metrics are this micro-batch's contributions to the
-    minibatch's means, detached scalars that add up likewise. Source: the released code's PPO
-    trainer.
+    num_responses and num_tokens are those of the whole minibatch over all ranks, so the losses of its
+    micro-batches add up to the minibatch's. Returns (loss, metrics): metrics are this micro-batch's
+    contributions to the minibatch's means, detached scalars that add up likewise. Source: the released code's
+    PPO trainer.
     """
-    kept = torch.ones_like(logprobs) if kept is None else kept
-    num_tokens = kept.sum() if num_tokens is None else num_tokens
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    policy_loss = (kept * torch.maximum(unclipped, clipped)).sum() / num_tokens
+    policy_loss = torch.maximum(unclipped, clipped).sum() / num_tokens
     kl = k3(ref_logprobs, logprobs).sum() / num_responses
     with torch.no_grad():
         metrics = {
             "policy_loss": policy_loss.detach(),
             "kl_loss": kl_coef * kl.detach(),
-            "ratio": (kept * ratio).sum() / num_tokens,
-            "clip_fraction": (kept * (clipped > unclipped)).sum() / num_tokens,
+            "ratio": ratio.sum() / num_tokens,
+            "clip_fraction": (clipped > unclipped).sum() / num_tokens,
             # of pi against pi_old, in nats per token
-            "approx_kl": (kept * (ratio - 1 - log_ratio)).sum() / num_tokens,
+            "approx_kl": (ratio - 1 - log_ratio).sum() / num_tokens,
         }
     return policy_loss + kl_coef * kl, metrics
 
@@ -69,59 +65,41 @@ def ppo_loss(
 class Trainer:
     """Policy, optimizer and reference policy, sharded over the ranks.
 
-    path: Hugging Face folder or hub name that both policies start from. temperature: of the
-    sampling. mask_above: tokens to which the old policy gave a higher probability (at that
-    temperature, over the whole vocabulary) do not enter the policy loss; None: all do. SPO's mask (arXiv
-    2505.23564), with 0.9. whiten_advantages: see Estimator.whiten. loading: see model.load_sharded;
-    learning: see Learner.
+    s: settings with model, bfloat16, trust_remote_code; temperature, whiten, kl_coef, learning_rate,
+    micro_batch_tokens; and those of learner.minibatches and learner.optimizer_steps.
     """
 
-    def __init__(
-        self,
-        path,
-        device,
-        *,
-        clip=0.2,
-        kl_coef=1e-4,
-        temperature=1.0,
-        mask_above=None,
-        whiten_advantages=True,
-        loading=None,
-        **learning,
-    ):
-        loading = loading or {}
-        self.device, self.dtype = device, compute_dtype(device, loading.get("bfloat16"))
-        self.clip, self.kl_coef, self.temperature = clip, kl_coef, temperature
-        self.mask_above, self.whiten_advantages = mask_above, whiten_advantages
-        self.policy = load_sharded(path, device, **loading)
-        self.reference = load_sharded(path, device, trainable=False, **loading)
-        self.learner = Learner(self.policy, device, **learning)
+    def __init__(self, s, device):
+        self.s, self.device, self.dtype = s, device, compute_dtype(device, s.bfloat16)
+        loading = dict(bfloat16=s.bfloat16, trust_remote_code=s.trust_remote_code)
+        self.policy = load_sharded(s.model, device, **loading)
+        self.reference = load_sharded(s.model, device, trainable=False, **loading)
+        self.learner = Learner(
+            self.policy, device, s.learning_rate, optimizer_steps(s), micro_batch_tokens=s.micro_batch_tokens
+        )
 
     def update(self, episodes):
         """Train on one iteration's episodes of this rank.
 
-        Every rank brings the same number, a multiple of its minibatch. Returns metrics over all
-        ranks: means over the optimizer steps of what ppo_loss and Learner report, those of the
-        episodes before the update (see score), skipped_steps of this update, gradient_steps of all
-        so far.
+        Every rank brings the same number, a multiple of its share of a minibatch. Returns metrics over all
+        ranks: means over the optimizer steps of what ppo_loss and Learner report, those of the episodes before
+        the update (see score), skipped_steps of this update, gradient_steps of all so far.
         """
+        s, learner = self.s, self.learner
         advantages = per_token(episodes, "advantages", self.device)  # [N]
-        if self.whiten_advantages:
+        if s.whiten:
             advantages = whiten(advantages)
-        old_logprobs, ref_logprobs, metrics = self.score(episodes)
-        kept = torch.ones_like(old_logprobs)  # [N]
-        if self.mask_above is not None:
-            kept = (old_logprobs.exp() <= self.mask_above).float()
-            count, total = sum_over_ranks(torch.stack([kept.sum(), kept.new_tensor(len(kept))])).tolist()
-            metrics["kept"] = count / max(total, 1)
-
-        def loss_of(m, num_responses, num_tokens):
-            old, ref, a, k = (x[m.tokens] for x in (old_logprobs, ref_logprobs, advantages, kept))
-            logprobs = self.policy(m, self.temperature)
-            return ppo_loss(logprobs, old, ref, a, num_responses, num_tokens, self.clip, self.kl_coef, k)
-
-        fitted = self.learner.fit(episodes, loss_of, kept)
-        return metrics | fitted | {"gradient_steps": self.learner.step}
+        old_logprobs, ref_logprobs, scores = self.score(episodes)  # [N] each
+        batches = minibatches(len(episodes), s, learner.step)  # epochs x minibatches, shuffled
+        for step in learner.steps(episodes, batches):
+            for m in step.micro_batches():  # packed, the same number on every rank
+                logprobs = self.policy(m, s.temperature)  # [N of m]
+                known = old_logprobs[m.tokens], ref_logprobs[m.tokens], advantages[m.tokens]
+                loss, metrics = ppo_loss(
+                    logprobs, *known, step.num_responses, step.num_tokens, kl_coef=s.kl_coef
+                )
+                step.backward(loss, metrics)
+        return scores | learner.means() | {"gradient_steps": learner.step}
 
     @torch.no_grad()
     def score(self, episodes):
@@ -137,9 +115,9 @@ class Trainer:
         old, ref = torch.zeros(2, len(engine_logprobs), device=self.device)  # [N] each
         sums = torch.zeros(3, device=self.device)
         for m in self.learner.micro_batches(episodes):
-            logprobs, at_one, entropy = self.policy(m, self.temperature, details=True)  # [N] each
+            logprobs, at_one, entropy = self.policy(m, self.s.temperature, details=True)  # [N] each
             old[m.tokens] = logprobs
-            ref[m.tokens] = self.reference(m, self.temperature) if self.learner.step else logprobs
+            ref[m.tokens] = self.reference(m, self.s.temperature) if self.learner.step else logprobs
             gap = (at_one - engine_logprobs[m.tokens]).abs()
             sums += torch.stack([entropy.sum(), k3(ref[m.tokens], logprobs).sum(), gap.sum()])
         self.reference.reshard()  # FSDP leaves the root's parameters gathered after a forward pass

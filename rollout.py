@@ -38,7 +38,6 @@ from vllm.config import CompilationConfig, CompilationMode
 from vllm.sampling_params import RequestOutputKind
 
 from episode import Completion, Episode, State
-from grader import set_rewards, start_grading
 from support.pretrained import local_folder, tokenizer_folder
 from support.ranks import drop_shared_memory
 
@@ -51,8 +50,8 @@ def episodes_for(problems, n):
 def sample(engine, grader, episodes, s, on_response=None, logprobs=True):
     """Fill the episodes with responses sampled at s.temperature and s.top_p, and their rewards.
 
-    on_response(episode) is called when a response ends, while others are still being written; what
-    it gives the engine to do need not have ended when this function returns.
+    on_response(episode) is called when a response ends, while others are still generated. What it gives the
+    engine to do need not have ended when this function returns.
     """
     for e in episodes:
         engine.submit(e, 1, s.max_tokens, s.temperature, s.top_p, logprobs)
@@ -63,65 +62,61 @@ def sample(engine, grader, episodes, s, on_response=None, logprobs=True):
                 missing -= 1
                 if on_response:
                     on_response(record)
-    set_rewards(grader, episodes)
+    grader.set_rewards(episodes)
 
 
 def evaluate(engine, grader, problems, s):
     """Episodes with rewards: s.eval_samples responses to each problem of this engine's share."""
     episodes = episodes_for(engine.share(problems), s.eval_samples)
-    settings = replace(s, temperature=s.eval_temperature, top_p=s.eval_top_p)
-    sample(engine, grader, episodes, settings, logprobs=False)
+    sample(engine, grader, episodes, replace(s, temperature=s.eval_temperature), logprobs=False)
     return episodes
 
 
 class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
-    model: Hugging Face folder or hub name. max_sequence: tokens of the longest prompt and response
-    together. stop: strings that end a response. gpu_memory: share of a GPU for weights and KV
-    cache. max_sequences: how many may run at a time; None: 1,024 on GPUs above 70 GiB, else 256.
-    tensor_parallel: this many consecutive ranks share one model; they must submit the same requests
-    in the same order, and get the same completions. on_step is called before each step; it may
-    raise, to give up what is running.
+    s: settings with model, trust_remote_code, bfloat16; max_sequence: tokens of the longest prompt and response
+    together; stop: a string that ends a response, or None; gpu_memory: share of a GPU for weights and KV cache;
+    max_sequences: how many may run at a time, None: 1,024 on GPUs above 70 GiB, else 256;
+    tensor_parallel_size: this many consecutive ranks share one model; they must submit the same requests in the
+    same order, and get the same completions. watch: its step() is called before each step and may raise, to give
+    up what is running; its beat() after each tensor of new weights. None: nobody watches.
     """
 
-    def __init__(
-        self, model, *, max_sequence, stop=(), bfloat16=None, gpu_memory=0.6, max_sequences=None, tensor_parallel=1,
-        trust_remote_code=False, on_step=None,
-    ):  # fmt: skip
-        self.on_gpu, self.on_step = torch.cuda.is_available(), on_step
+    def __init__(self, s, watch=None):
+        self.on_gpu, self.watch = torch.cuda.is_available(), watch
         self.asleep = False
-        self.tensor_parallel = tensor_parallel
-        self.engines = dist.get_world_size() // tensor_parallel
-        self.number = dist.get_rank() // tensor_parallel  # of this engine among all
-        self.leads = dist.get_rank() % tensor_parallel == 0  # the rank that speaks for the engine
+        self.tensor_parallel = s.tensor_parallel_size
+        self.engines = dist.get_world_size() // self.tensor_parallel
+        self.number = dist.get_rank() // self.tensor_parallel  # of this engine among all
+        self.leads = dist.get_rank() % self.tensor_parallel == 0  # the rank that speaks for the engine
         self.waiting = deque()  # (record, SamplingParams) for which vLLM has no room yet
         self.running = {}  # request id -> (record, SamplingParams)
         self.submitted, self.steps = 0, 0
         self.aborted = 0  # completions that vLLM gave up; they count as unfinished
-        bfloat16 = self.on_gpu if bfloat16 is None else bfloat16
-        compilation = {}
+        bfloat16 = self.on_gpu if s.bfloat16 is None else s.bfloat16
+        max_sequences, compilation = s.max_sequences, {}
         if self.on_gpu:
             memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             max_sequences = max_sequences or (1024 if memory > 70 * 2**30 else 256)
             if max_sequences > 512:  # else larger steps would run without CUDA graphs, whose sizes step by 16
                 compilation["max_cudagraph_capture_size"] = -(-max_sequences // 16) * 16
-        drop_shared_memory(tensor_parallel)
+        drop_shared_memory(self.tensor_parallel)
         self.llm = LLM(
-            local_folder(model),
-            tokenizer=tokenizer_folder(model, trust_remote_code),
+            local_folder(s.model),
+            tokenizer=tokenizer_folder(s.model, s.trust_remote_code),
             dtype="bfloat16" if bfloat16 else "float32",
             distributed_executor_backend="external_launcher",  # use torchrun's ranks and process group
-            tensor_parallel_size=tensor_parallel,
+            tensor_parallel_size=self.tensor_parallel,
             tokenizer_mode="hf",  # the trainer's, also where Mistral's own layout lies beside it
             config_format="hf",
             load_format="safetensors",
-            trust_remote_code=trust_remote_code,
-            max_model_len=max_sequence,
+            trust_remote_code=s.trust_remote_code,
+            max_model_len=s.max_sequence,
             max_num_seqs=max_sequences,
             enable_prefix_caching=True,
             block_size=16 if self.on_gpu else 32,  # tokens; only whole blocks of a prefix are cached
-            gpu_memory_utilization=gpu_memory,
+            gpu_memory_utilization=s.gpu_memory,
             enable_sleep_mode=self.on_gpu,
             enforce_eager=not self.on_gpu,
             compilation_config=compilation,
@@ -130,7 +125,7 @@ class Engine:
         )
         self.llm.apply_model(leave_class_usable)
         self.tokenizer = self.llm.get_tokenizer()
-        self.stop, self.stop_ids = split_stops(stop, self.tokenizer)
+        self.stop, self.stop_ids = split_stops([s.stop] if s.stop else [], self.tokenizer)
         self.max_sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         # the sampler's kernels are compiled at the first step, which takes seconds on a GPU: here, not in a phase
         self.submit(State([0], []), n=1, max_tokens=1, temperature=0.5, top_p=0.5, logprobs=True)
@@ -186,13 +181,13 @@ class Engine:
             request_id = str(self.submitted)
             self.submitted += 1
             self.running[request_id] = record, params
-            prompt = {"prompt_token_ids": record.prompt_ids + record.prefix_ids}
+            prompt = {"prompt_token_ids": [*record.prompt_ids, *record.prefix_ids]}
             self.llm.llm_engine.add_request(request_id, prompt, params)
 
     def step(self):
         """One step, a token for each running sequence: [(record, its completions)] of those that end."""
-        if self.on_step:
-            self.on_step()
+        if self.watch:
+            self.watch.step()
         self.steps += 1
         ended = {output.request_id: output.outputs for output in self.llm.llm_engine.step()}
         if not ended and not self.llm.llm_engine.has_unfinished_requests():
@@ -213,7 +208,7 @@ class Engine:
         ended = []
         for record, completions in self.step():
             record.receive(completions)
-            start_grading(grader, record)
+            grader.begin(record)
             ended.append(record)
         return ended
 
@@ -222,7 +217,7 @@ class Engine:
         logprobs = None
         if output.logprobs is not None:
             logprobs = [entry[i].logprob for entry, i in zip(output.logprobs, ids)]
-        text = self.decode(prefix_ids + ids)
+        text = self.decode([*prefix_ids, *ids])
         # vLLM overlooks a stop string that begins in the prefix
         stops = [text.find(s) for s in self.stop if s in text]
         self.aborted += output.finish_reason not in ("stop", "length")
@@ -238,6 +233,8 @@ class Engine:
     def load_weights(self, named_tensors):
         """Take the policy's new weights, an iterator of (name, whole tensor), and wake."""
         self._wake("weights")
+        if self.watch:
+            named_tensors = self.watch.each(named_tensors)
         # one call for all: with several, each restores the layers that it does not bring
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         self._wake("kv_cache")
@@ -289,9 +286,9 @@ def split_stops(stop, tokenizer):
     return [x for x in stop if x not in special], [special[x] for x in stop if x in special]
 
 
-def shut_down(engine, grader, watch):
+def shut_down(engine, grader):
     """End what a program started; all ranks call it, before ranks.exit_all."""
-    watch.close()
+    engine.watch.close()
     grader.close()
     dist.barrier()
     engine.shutdown()

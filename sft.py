@@ -17,14 +17,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging
 
 import data
 from episode import Episode
-from learner import learning_rate, micro_batch
+from learner import Learner
 from model import check_supported, compute_dtype, load_sharded, save_pretrained
 from support.pretrained import read_tokenizer, tokenizer_folder
 from support.ranks import check_gpus, exit_all, from_rank_0, init_distributed, refuse
@@ -74,36 +73,34 @@ def sequences(problems, tokenizer, max_tokens, chat):
     return episodes, skipped + len(kept) - len(episodes)
 
 
-def finetune(policy, episodes, device, *, epochs, batch, micro_batch_size, peak, seed):
-    """Minimize the mean negative log-likelihood of the response tokens, per optimizer step over all
-    ranks.
+def finetune(policy, episodes, device, s, show=False):
+    """Minimize the mean negative log-likelihood of the response tokens, per optimizer step over all ranks.
 
-    All ranks are given the same episodes and take turns in them. Yields (step, number of steps,
-    loss) after each step.
+    All ranks are given the same episodes and take turns in them. s: settings with epochs, batch, micro_batch,
+    learning_rate and seed. show: with a progress bar. Returns the Learner, with its steps and metrics.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=peak, weight_decay=0.0)
-    batch = min(batch, len(episodes) // world * world)
-    steps = max(1, int(len(episodes) * epochs) // batch)
+    batch = min(s.batch, len(episodes) // dist.get_world_size() * dist.get_world_size())
+    total = max(1, int(len(episodes) * s.epochs) // batch)
+    learner = Learner(policy, device, s.learning_rate, total, micro_batch=s.micro_batch)
+    steps = learner.steps(episodes, batches(len(episodes), batch, total, s.seed))
+    often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines
+    bar = tqdm(steps, "sft", total, disable=not show, unit="step", dynamic_ncols=True, mininterval=often)
+    for step in bar:
+        for m in step.micro_batches():
+            step.backward(-policy(m).sum() / step.num_tokens)
+        if learner.reports:
+            bar.set_postfix(loss=f"{learner.reports[-1]['loss']:.3f}", refresh=False)
+    return learner
+
+
+def batches(count, size, total, seed):
+    """This rank's rows of `total` batches of `size` examples, out of `count` in a new order each time."""
     rng, order = random.Random(seed), []
-    for step in range(steps):
-        while len(order) < batch:
-            order += rng.sample(range(len(episodes)), len(episodes))
-        chosen, order = order[:batch], order[batch:]
-        num_tokens = sum(len(episodes[i].response_ids) for i in chosen)
-        mine, total = chosen[rank::world], 0.0
-        optimizer.zero_grad()
-        for k in range(0, len(mine), micro_batch_size):
-            part = [episodes[i] for i in mine[k : k + micro_batch_size]]
-            loss = -policy(micro_batch(part, range(len(part)), device)).sum() / num_tokens
-            (loss * world).backward()  # FSDP averages over the ranks; we want the sum
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        dist.all_reduce(total)
-        yield step, steps, total.item()
+    for _ in range(total):
+        while len(order) < size:
+            order += rng.sample(range(count), count)
+        chosen, order = order[:size], order[size:]
+        yield chosen[dist.get_rank() :: dist.get_world_size()]
 
 
 def main():
@@ -149,16 +146,7 @@ def main():
     if first and skipped:
         total = skipped + len(episodes)
         print(f"skipped {skipped} of {total} sequences: longer than --max_tokens {s.max_tokens}")
-    often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines
-    progress = tqdm(disable=not first, desc="sft", unit="step", dynamic_ncols=True, mininterval=often)
-    options = dict(
-        epochs=s.epochs, batch=s.batch, micro_batch_size=s.micro_batch, peak=s.learning_rate, seed=s.seed
-    )
-    for _, steps, loss in finetune(policy, episodes, device, **options):
-        progress.total = steps
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        progress.update()
-    progress.close()
+    finetune(policy, episodes, device, s, show=first)
     Path(s.out).mkdir(parents=True, exist_ok=True)
     save_pretrained(policy, tokenizer, s.out, compute_dtype(device))
     if first:

@@ -18,13 +18,14 @@ import support.startup  # noqa: F401 (before torch is imported)
 import os
 import random
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers.utils import logging
 
 import data
+from dealing import DealtVine
 from grader import Grader
 from model import check_supported
 from ppo import Trainer
@@ -35,8 +36,7 @@ from support.pretrained import fingerprint, load_tokenizer
 from support.ranks import check_gpus, exit_all, init_distributed, refuse
 from support.run import Run
 from support.settings import parse, setting, unescaped
-from support.watch import Stopped, Watch
-from vine import Vine
+from support.watch import Watch
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
 
@@ -52,29 +52,26 @@ class Settings:
     model: str | None = setting("realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name")
     algorithm: str = setting("vineppo", "whose advantages", choices=["vineppo", "ppo", "grpo", "rloo"])
     run_dir: str | None = setting(None, "folder of the run; None: runs/DATASET", may_change=True)
-    resume: bool = setting(False, "fail without a checkpoint; resuming is automatic", may_change=True)
     iterations: int = setting(1000, "rounds of sampling and update", min=1)
     seed: int = setting(0, "of the problems, the sampling and the minibatches")
     # problems and prompts
     prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
-    max_bad_answers: float = setting(
-        0.03, "largest share of gold answers that nothing can match", min=0, max=1, may_change=True
-    )
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
     step_credit: str = setting("paper", "vineppo: paper, newline, sentence, tokens:N, cutpoints:N")
-    baseline_smoothing: float = setting(0.0, "vineppo: earlier values' share in baselines", min=0, max=1)
-    share_responses: bool = setting(False, "vineppo: other responses are rollouts too, in baselines")
+    baseline_smoothing: float = setting(
+        0.0, "vineppo: weight of earlier states' values in the baseline", min=0, max=1
+    )
     max_valued_steps: int | None = setting(None, "vineppo: value only a response's first N states", min=1)
     gae_lambda: float | None = setting(None, "lambda of GAE; None: vineppo 0, ppo 1", min=0, max=1)
-    gamma: float = setting(1.0, "ppo: discount per token", min=0, max=1)
+    whiten: bool | None = setting(None, "whiten advantages; None: vineppo and ppo True, grpo and rloo False")
     critic_learning_rate: float | None = setting(None, "ppo: the critic's; None: --learning_rate", above=0)
     # sampling
     prompts_per_iteration: int = setting(64, "problems drawn, with replacement", min=1)
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
     temperature: float = setting(0.6, "of sampling, and the trainer's logits", above=0)
-    top_p: float = setting(0.9, "nucleus of responses and rollouts", above=0, max=1)
+    top_p: float = setting(0.9, "nucleus of responses, rollouts and evaluations", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response, and of prefix and rollout together", min=1)
     max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
     stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
@@ -85,10 +82,7 @@ class Settings:
         8192, "tokens per forward pass of a rank: memory, speed", min=1, may_change=True
     )
     epochs: int = setting(2, "passes over an iteration's responses", min=1)
-    clip: float = setting(0.2, "range of the probability ratio, 1 - clip .. 1 + clip", min=0)
-    mask_above: float | None = setting(None, "train on tokens up to this probability", above=0, max=1)
     kl_coef: float = setting(1e-4, "weight of the KL penalty to the initial policy", min=0)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     # evaluation and saving
     eval_only: bool = setting(False, "evaluate --model and exit", may_change=True)
     eval_every: int = setting(25, "iterations between evaluations, or 0", min=0, may_change=True)
@@ -99,31 +93,25 @@ class Settings:
         16, "responses per test problem; accuracy is their mean", min=1, may_change=True
     )
     eval_temperature: float = setting(0.35, "temperature of evaluations", min=0, may_change=True)
-    eval_top_p: float = setting(0.9, "nucleus of evaluations", above=0, max=1, may_change=True)
     save_every: int = setting(50, "iterations between checkpoints; 0: none", min=0, may_change=True)
     store_every: int = setting(
         50, "iterations between stored responses (show.py); 0: never", min=0, may_change=True
     )
-    report_to: str = setting(
-        "none", "none, tensorboard or wandb: send the metrics there too", may_change=True
-    )
     # the machine
     bfloat16: bool | None = setting(None, "compute in bfloat16; None: on GPUs only")
-    hybrid_sharding: bool = setting(False, "replicate across machines", may_change=True)
     tensor_parallel_size: int = setting(1, "ranks that share an engine", min=1, may_change=True)
     gpu_memory: float = setting(
         0.6, "share of a GPU for the engine while it samples", above=0, max=1, may_change=True
     )
     max_sequences: int | None = setting(None, "sequences an engine writes at once", min=1, may_change=True)
     hang_timeout: float = setting(90.0, "seconds without progress of a rank", above=0, may_change=True)
-    strict: bool = setting(False, "stop if engine and trainer disagree, not only warn", may_change=True)
     trust_remote_code: bool = setting(False, "let a hub model run code of its own", may_change=True)
 
 
 TINY = dict(  # of the built-in tasks' tiny models, whose cache has many blocks even with little gpu_memory
     iterations=80, prompts_per_iteration=32, responses_per_prompt=2, K=4, temperature=1.0, top_p=1.0, stop=None,
     learning_rate=1e-4, minibatch=32, micro_batch_tokens=4096, eval_every=20, eval_samples=2, gpu_memory=0.1,
-    eval_temperature=1.0, eval_top_p=1.0, save_every=40, store_every=20,
+    eval_temperature=1.0, save_every=40, store_every=20,
 )  # fmt: skip
 PRESETS = {  # what differs from the values above; any other dataset has those, and no model
     "math": {},
@@ -140,130 +128,71 @@ def parse_settings(argv):
     check_rule(s.step_credit)
     s.stop = unescaped(s.stop)
     s.run_dir = s.run_dir or f"runs/{Path(s.dataset).resolve().stem or 'data'}"
+    if s.whiten is None:
+        s.whiten = s.algorithm in ("vineppo", "ppo")
     return s
-
-
-def make_engine(s, watch):
-    """This rank's engine. Importing vLLM takes seconds: only after the checks."""
-    from rollout import Engine
-
-    return Engine(
-        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], bfloat16=s.bfloat16,
-        gpu_memory=s.gpu_memory, max_sequences=s.max_sequences, tensor_parallel=s.tensor_parallel_size,
-        trust_remote_code=s.trust_remote_code, on_step=watch.step,
-    )  # fmt: skip
-
-
-def make_trainer(s, device, whiten):
-    return Trainer(
-        s.model, device, learning_rate=s.learning_rate, clip=s.clip, kl_coef=s.kl_coef,
-        temperature=s.temperature, mask_above=s.mask_above, whiten_advantages=whiten, **learning(s),
-    )  # fmt: skip
 
 
 def make_estimator(s, engine, grader, device):
     """Where the advantages come from. A new algorithm: an Estimator, and its lines here."""
     if s.algorithm == "vineppo":
-        return Vine(engine, grader, s)
+        return DealtVine(engine, grader, s)
     from baselines import critic, groups  # the one import that points outwards
 
     if s.algorithm == "ppo":
-        rate, lam = s.critic_learning_rate or s.learning_rate, 1.0 if s.gae_lambda is None else s.gae_lambda
-        options = dict(learning_rate=rate, gamma=s.gamma, gae_lambda=lam)
-        return critic.Critic(s.model, device, **options, **learning(s))
+        return critic.Critic(s, device)
     return groups.Group({"grpo": groups.grpo, "rloo": groups.rloo}[s.algorithm], s.responses_per_prompt)
 
 
-def learning(s):
-    """What the policy and a critic have in common; see Learner and load_sharded."""
-    minibatches = s.prompts_per_iteration * s.responses_per_prompt // s.minibatch
-    loading = dict(bfloat16=s.bfloat16, hybrid=s.hybrid_sharding, trust_remote_code=s.trust_remote_code)
-    return dict(
-        total_steps=s.iterations * s.epochs * minibatches, minibatch=s.minibatch, epochs=s.epochs,
-        micro_batch_tokens=s.micro_batch_tokens, max_grad_norm=s.max_grad_norm, seed=s.seed,
-        loading=loading,
-    )  # fmt: skip
+def draw(problems, iteration, s):
+    """The problems of an iteration, drawn with replacement; a resumed run draws the same."""
+    return random.Random(s.seed * 1_000_003 + iteration).choices(problems, k=s.prompts_per_iteration)
 
 
-def train(s, run, tokenizer, problems, test_problems, device, watch):
+def train(s, run, engine, grader, tokenizer, problems, test_problems, device):
     """Algorithm 1 of the paper. Returns the exit code."""
-    engine, grader = make_engine(s, watch), Grader(on_graded=watch.beat)
-    from rollout import episodes_for, sample, shut_down
+    from rollout import episodes_for, evaluate, sample
 
     engine.sleep()
-    estimator = make_estimator(s, engine, grader, device)
-    trainer = make_trainer(s, device, whiten=estimator.whiten)
-    watch.follow(trainer.policy, trainer.reference, *estimator.networks)
-    run.join(watch, engine, grader, trainer, estimator, tokenizer)
-    engine.load_weights(watch.each(trainer.weights()))
-    if not run.engine_agrees(problems):
-        shut_down(engine, grader, watch)
+    estimator, trainer = make_estimator(s, engine, grader, device), Trainer(s, device)
+    evaluation = partial(evaluate, engine, grader, test_problems, s)
+    run.join(engine, grader, trainer, estimator, tokenizer, evaluation)
+    if not run.agrees(problems):
         return 1
-    engine.load_weights(watch.each(trainer.weights()))  # it was put to sleep for the comparison
-    watch.graceful = True
-    try:
-        run.begin(evaluate_if_due(run.done, run, engine, grader, test_problems, s))
+    with run.saved():
         for iteration in run.iterations():
-            engine.seed(s.seed, iteration)  # a resumed run draws the same problems and samples
-            rng = random.Random(s.seed * 1_000_003 + iteration)
-            drawn = rng.choices(problems, k=s.prompts_per_iteration)  # with replacement
-            episodes = episodes_for(engine.share(drawn), s.responses_per_prompt)
-
+            engine.seed(s.seed, iteration)
+            drawn = engine.share(draw(problems, iteration, s))
+            episodes = episodes_for(drawn, s.responses_per_prompt)
             # 1. Responses. Rollouts from the states of a response begin as soon as it ends.
             with run.phase("sample", can_stop=True):
                 sample(engine, grader, episodes, s, on_response=estimator.start)
             # 2. V(s_t): the mean reward of K rollouts. Waiting states move to engines with less to do.
-            with run.phase("values"):
-                estimator.rebalance()
-            with run.phase("values", can_stop=True):
-                estimator.finish()
+            estimator.finish(run.phase)
             engine.sleep()
-            episodes = engine.my_share(episodes)
-            # 3. A_t = V(s_{t+1}) - V(s_t), and R - V(s_{T-1}) for the last step.
-            with run.phase("values"):
-                estimator.set_advantages(episodes)
-            # 4. PPO: clipped ratio, KL to the reference.
             with run.phase("train"):
+                # 3. A_t = V(s_{t+1}) - V(s_t), and R - V(s_{T-1}) for the last step.
+                episodes = engine.my_share(episodes)
+                estimator.set_advantages(episodes)
+                # 4. PPO: clipped ratio, KL to the reference.
                 metrics = trainer.update(episodes) | estimator.update(episodes)
             with run.phase("sync"):
-                engine.load_weights(watch.each(trainer.weights()))
-
-            evaluated = evaluate_if_due(iteration + 1, run, engine, grader, test_problems, s)
-            run.finished(iteration, episodes, metrics, evaluated)  # metrics line, checkpoint
-        run.end()  # the final model
-    except Stopped:  # on all ranks, after a signal or a failure
-        run.save_and_stop()
-    shut_down(engine, grader, watch)
-    return watch.exit_code() if watch.agreed else 0
+                engine.load_weights(trainer.weights())
+            run.finished(episodes, metrics)
+    return run.exit_code()
 
 
-def evaluate_if_due(done, run, engine, grader, problems, s):
-    """Episodes of the evaluation after `done` iterations; None if none is due, or if the run is to stop.
-
-    run.begin or run.finished then raise Stopped, once what was done before is written.
-    """
-    if not run.evaluation_is_due(done):
-        return None
+def evaluate_only(s, engine, grader, problems):
+    """Print the accuracy of --model. Returns the exit code; a signal ends it at once."""
     from rollout import evaluate
 
-    engine.seed(s.seed, done, 1)
-    with suppress(Stopped), run.phase("evaluate", can_stop=True):
-        return evaluate(engine, grader, problems, s)
-
-
-def evaluate_only(s, problems, watch):
-    """Print the accuracy of --model. Returns the exit code; a signal ends it at once."""
-    engine, grader = make_engine(s, watch), Grader(on_graded=watch.beat)
-    from rollout import evaluate, shut_down
-
     engine.seed(s.seed)
-    with watch.phase("evaluate"):
+    with engine.watch.phase("evaluate"):
         episodes = evaluate(engine, grader, problems, s)
     accuracy = evaluation_metrics(episodes, engine.tensor_parallel)["accuracy"]
-    if watch.rank == 0:
-        n, how = len(problems), f"temperature {s.eval_temperature}, top_p {s.eval_top_p}"
+    if engine.watch.rank == 0:
+        n, how = len(problems), f"temperature {s.eval_temperature}, top_p {s.top_p}"
         print(f"accuracy {accuracy:.4f} ({n} problems, {n * s.eval_samples} responses, {how})")
-    shut_down(engine, grader, watch)
     return 0
 
 
@@ -291,8 +220,14 @@ def main():
     if first:
         print(f"starting the engine and loading {s.model}")
     with Watch(s.hang_timeout, s.tensor_parallel_size) as watch:
-        parts = run, tokenizer, problems, test_problems, device
-        code = train(s, *parts, watch) if run else evaluate_only(s, test_problems, watch)
+        from rollout import Engine, shut_down  # importing vLLM takes seconds: after the checks
+
+        engine, grader = Engine(s, watch), Grader(on_graded=watch.beat)
+        if s.eval_only:
+            code = evaluate_only(s, engine, grader, test_problems)
+        else:
+            code = train(s, run, engine, grader, tokenizer, problems, test_problems, device)
+        shut_down(engine, grader)
     exit_all(code)
 
 

@@ -1,10 +1,10 @@
 """PPO's value network: a second copy of the policy's backbone with a value head, trained beside it,
 and GAE on its predictions.
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t)      V(s_t) predicted for every token; 0 after the last one
-    A_t = delta_t + gamma lambda A_{t+1}           the network's target is A_t + V(s_t)
+    delta_t = r_t + V(s_{t+1}) - V(s_t)      V(s_t) predicted for every token; 0 after the last one
+    A_t = delta_t + lambda A_{t+1}           the network's target is A_t + V(s_t)
 
-Source: arXiv 1506.02438; the paper has gamma = lambda = 1.
+Source: arXiv 1506.02438, without a discount (gamma = 1); the paper has lambda = 1.
 
 The reward comes with the last token; an unfinished response has reward 0 and value 0 after it.
 The head starts at zero.
@@ -14,33 +14,31 @@ import torch
 from transformers import AutoModelForTokenClassification
 from transformers.utils import logging
 
-from episode import Estimator
-from learner import Learner, per_token
+from estimator import Estimator
+from learner import Learner, minibatches, optimizer_steps, per_token
 from model import load_sharded
 from support.ranks import sum_over_ranks
 
 
-def gae(values, reward, gamma=1.0, lam=1.0):
+def gae(values, reward, lam=1.0):
     """Generalized advantage estimates [N] of a response's tokens from their values [N] and its reward."""
     advantages, following, after = [0.0] * len(values), 0.0, 0.0  # A_{t+1}, V(s_{t+1})
     for t in reversed(range(len(values))):
-        delta = (reward if t == len(values) - 1 else 0.0) + gamma * after - values[t]
-        advantages[t] = following = delta + gamma * lam * following
+        delta = (reward if t == len(values) - 1 else 0.0) + after - values[t]
+        advantages[t] = following = delta + lam * following
         after = values[t]
     return advantages
 
 
-def value_loss(values, old_values, returns, clip=0.2, num_tokens=None):
+def value_loss(values, old_values, returns, num_tokens, *, clip=0.2):
     """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2).
 
-    All tensors [N].
-
-    num_tokens is that of the whole minibatch over all ranks, so the losses of its micro-batches add
-    up; None: these tokens are the minibatch.
+    All tensors [N]. num_tokens is that of the whole minibatch over all ranks, so the losses of its
+    micro-batches add up.
     """
     clipped = values.clamp(old_values - clip, old_values + clip)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * errors.sum() / (len(errors) if num_tokens is None else num_tokens)
+    return 0.5 * errors.sum() / num_tokens
 
 
 class ValueNetwork(torch.nn.Module):
@@ -60,18 +58,25 @@ class ValueNetwork(torch.nn.Module):
 
 
 class Critic(Estimator):
-    """The value network, sharded like the policy. loading: see load_sharded; learning: see Learner."""
+    """The value network, sharded like the policy. s: settings, those of ppo.Trainer, critic_learning_rate and
+    gae_lambda.
+    """
 
-    def __init__(self, path, device, *, gamma=1.0, gae_lambda=1.0, clip=0.2, loading=None, **learning):
-        self.device, self.gamma, self.gae_lambda, self.clip = device, gamma, gae_lambda, clip
+    def __init__(self, s, device):
+        self.s, self.device = s, device
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # else it reports that the folder has no value head
         network = dict(wrapper=ValueNetwork, architecture=AutoModelForTokenClassification)
         head = dict(num_labels=1, classifier_dropout=0.0)
-        self.model = load_sharded(path, device, **network, **head, **(loading or {}))
+        loading = dict(bfloat16=s.bfloat16, trust_remote_code=s.trust_remote_code)
+        self.model = load_sharded(s.model, device, **network, **head, **loading)
         logging.set_verbosity(verbosity)
         self.networks = (self.model,)
-        self.learner = Learner(self.model, device, **learning)
+        self.lam = 1.0 if s.gae_lambda is None else s.gae_lambda
+        rate = s.critic_learning_rate or s.learning_rate
+        self.learner = Learner(
+            self.model, device, rate, optimizer_steps(s), micro_batch_tokens=s.micro_batch_tokens
+        )
 
     @torch.no_grad()
     def set_advantages(self, episodes):
@@ -81,7 +86,7 @@ class Critic(Estimator):
             values[m.tokens] = self.model(m)
         for e, part in zip(episodes, values.split([len(e.response_ids) for e in episodes])):
             e.token_values = part.tolist()
-            e.advantages = gae(e.token_values, e.reward, self.gamma, self.gae_lambda)
+            e.advantages = gae(e.token_values, e.reward, self.lam)
             e.returns = [a + v for a, v in zip(e.advantages, e.token_values)]
         self.model.reshard()  # FSDP leaves the root's parameters gathered after a forward pass
 
@@ -91,16 +96,20 @@ class Critic(Estimator):
         Returns metrics over all ranks; explained_variance is that of the predictions from which the
         advantages came.
         """
-        old_values, returns = (per_token(episodes, name, self.device) for name in ("token_values", "returns"))
-
-        def loss_of(m, num_responses, num_tokens):
-            known = old_values[m.tokens], returns[m.tokens]
-            return value_loss(self.model(m), *known, self.clip, num_tokens), {}
-
-        found = self.learner.fit(episodes, loss_of)
-        names = dict(value_loss="loss", critic_grad_norm="grad_norm", critic_skipped_steps="skipped_steps")
-        explained = explained_variance(old_values, returns)
-        return {new: found[old] for new, old in names.items()} | {"explained_variance": explained}
+        old_values = per_token(episodes, "token_values", self.device)  # [N]
+        returns = per_token(episodes, "returns", self.device)  # [N]
+        batches = minibatches(len(episodes), self.s, self.learner.step)
+        for step in self.learner.steps(episodes, batches):
+            for m in step.micro_batches():
+                values = self.model(m)  # [N of m]
+                step.backward(value_loss(values, old_values[m.tokens], returns[m.tokens], step.num_tokens))
+        found = self.learner.means()
+        return {
+            "value_loss": found["loss"],
+            "critic_grad_norm": found["grad_norm"],
+            "critic_skipped_steps": found["skipped_steps"],
+            "explained_variance": explained_variance(old_values, returns),
+        }
 
     def save(self, folder):
         """Write weights, optimizer and step count, sharded. All ranks call it."""

@@ -23,9 +23,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from baselines import rounds
-from learner import learning_rate, micro_batch
+from learner import Learner
 from model import load_sharded
-from support.ranks import gather_lists, sum_over_ranks
+from support.ranks import gather_lists
 from support.settings import setting
 
 
@@ -51,58 +51,51 @@ def pairs_of(episodes, cap, seed):
     return pairs
 
 
-def response_logprobs(policy, episodes, device):
-    """log pi(response | prompt) of each episode: [B]."""
-    logprobs = policy(micro_batch(episodes, range(len(episodes)), device))
-    return torch.stack([part.sum() for part in logprobs.split([len(e.response_ids) for e in episodes])])
+def response_logprobs(policy, m, episodes):
+    """log pi(response | prompt) of each episode of a MicroBatch: [B]."""
+    lengths = [len(episodes[i].response_ids) for i in m.rows]
+    return torch.stack([part.sum() for part in policy(m).split(lengths)])
 
 
 def train_round(s, episodes, policy, device):
     """One round (see rounds.main): the policy that sampled the episodes, trained on their pairs."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     policy = policy or load_sharded(s.model, device)
     pairs = pairs_of(episodes, s.cap, s.seed)
     pairs = pairs[: len(pairs) // world * world]  # all ranks make the same number of passes
     if not pairs:
         return policy, 0, {"examples": 0}
-    batch = min(s.batch, len(pairs))
-    steps = max(1, int(len(pairs) * s.epochs) // batch)
+    size = min(s.batch, len(pairs))
+    total = max(1, int(len(pairs) * s.epochs) // size)
+    learner = Learner(policy, device, s.learning_rate, total, micro_batch=2 * s.micro_batch)
+    responses = [e for pair in pairs for e in pair]  # right, wrong, right, wrong, ..
+    reference = _reference_logprobs(policy, responses, learner)  # [responses]
+    for step in learner.steps(responses, batches(len(pairs), size, total, s)):
+        for m in step.micro_batches():
+            logprobs = response_logprobs(policy, m, responses).view(-1, 2)  # [B, 2]: right, wrong
+            ref = reference[m.rows].view(-1, 2)  # [B, 2]
+            losses = dpo_positive_loss(*logprobs.T, *ref.T, s.beta, s.penalty)  # [B]
+            step.backward(losses.sum() / size)
+    return policy, total, {"examples": len(pairs), "loss": learner.means()["loss"]}
+
+
+def batches(count, size, total, s):
+    """The rows of this rank's responses in each of `total` batches of `size` pairs, out of `count` pairs."""
     order = []
     for epoch in range(int(s.epochs) + 1):
-        order += random.Random(s.seed + epoch).sample(range(len(pairs)), len(pairs))
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=s.learning_rate, weight_decay=0.0, fused=device.type == "cuda"
-    )
-    reference, losses = _reference_logprobs(s, policy, pairs, device), []
-    for step in range(steps):
-        mine = order[step * batch : (step + 1) * batch][rank::world]
-        total = torch.zeros((), device=device)
-        optimizer.zero_grad()
-        for k in range(0, len(mine), s.micro_batch):
-            rows = mine[k : k + s.micro_batch]
-            both = [e for i in rows for e in pairs[i]]
-            logprobs = response_logprobs(policy, both, device).view(-1, 2)  # [B, 2]: right, wrong
-            ref = reference[rows].to(device)  # [B, 2]
-            loss = dpo_positive_loss(*logprobs.T, *ref.T, s.beta, s.penalty).sum() / batch
-            (loss * world).backward()  # FSDP averages over the ranks; we want the sum
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, s.learning_rate)
-        optimizer.step()
-        losses.append(sum_over_ranks(total).item())
-    return policy, steps, {"examples": len(pairs), "loss": sum(losses) / len(losses)}
+        order += random.Random(s.seed + epoch).sample(range(count), count)
+    for start in range(0, total * size, size):
+        mine = order[start : start + size][dist.get_rank() :: dist.get_world_size()]
+        yield [row for i in mine for row in (2 * i, 2 * i + 1)]
 
 
 @torch.no_grad()
-def _reference_logprobs(s, policy, pairs, device):
-    """[pairs, 2], under the policy before its first step; each rank computes a share."""
-    share = len(pairs) // dist.get_world_size()
-    mine, parts = pairs[dist.get_rank() * share :][:share], []
-    for k in range(0, share, s.micro_batch):
-        both = [e for pair in mine[k : k + s.micro_batch] for e in pair]
-        parts.append(response_logprobs(policy, both, device))
-    return torch.tensor(gather_lists(torch.cat(parts).tolist())).view(-1, 2)
+def _reference_logprobs(policy, responses, learner):
+    """[responses], under the policy before its first step; each rank computes a share."""
+    share = len(responses) // dist.get_world_size()
+    mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    parts = [response_logprobs(policy, m, responses) for m in learner.micro_batches(responses, mine)]
+    return torch.tensor(gather_lists(torch.cat(parts).tolist()), device=learner.device)
 
 
 if __name__ == "__main__":

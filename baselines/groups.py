@@ -9,7 +9,7 @@ authors take the mean of each response first.
 
 import statistics
 
-from episode import Estimator
+from estimator import Estimator
 
 
 def grpo(rewards):
@@ -26,8 +26,6 @@ def rloo(rewards):
 
 class Group(Estimator):
     """formula: grpo or rloo. size: of a group, at least 2: this many episodes in a row answer one problem."""
-
-    whiten = False  # they are scaled already
 
     def __init__(self, formula, size):
         self.formula, self.size = formula, size

@@ -39,11 +39,8 @@ def train_round(s, episodes, policy, device):
     policy = load_sharded(s.base_model or s.model, device)
     if len(examples) < dist.get_world_size():
         return policy, 0, {"examples": len(examples)}
-    options = dict(
-        epochs=s.epochs, batch=s.batch, micro_batch_size=s.micro_batch, peak=s.learning_rate, seed=s.seed
-    )
-    losses = [loss for _, _, loss in sft.finetune(policy, examples, device, **options)]
-    return policy, len(losses), {"examples": len(examples), "loss": sum(losses) / len(losses)}
+    learner = sft.finetune(policy, examples, device, s)
+    return policy, learner.step, {"examples": len(examples), "loss": learner.means()["loss"]}
 
 
 if __name__ == "__main__":

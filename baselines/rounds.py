@@ -48,9 +48,8 @@ class Settings:
     seed: int = setting(0, "of the problems, the sampling and the order of the examples")
     prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
-    max_bad_answers: float = setting(0.03, "share of gold answers that no response can match", min=0, max=1)
     temperature: float = setting(0.6, "sampling temperature", above=0)
-    top_p: float = setting(0.9, "nucleus", above=0, max=1)
+    top_p: float = setting(0.9, "nucleus of responses and evaluations", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response", min=1)
     max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
     stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
@@ -65,9 +64,9 @@ class Settings:
     eval_problems: int | None = setting(None, "evaluate on the first N test problems; None: all", min=1)
     eval_samples: int = setting(16, "responses per test problem; accuracy is their mean", min=1)
     eval_temperature: float = setting(0.35, "sampling temperature of evaluations", min=0)
-    eval_top_p: float = setting(0.9, "nucleus of evaluations", above=0, max=1)
     gpu_memory: float = setting(0.6, "share of a GPU for the engine while it samples", above=0, max=1)
-    max_sequences: int | None = setting(None, "responses that an engine writes at a time", min=1)
+    max_sequences: int | None = setting(None, "responses that an engine generates at a time", min=1)
+    bfloat16, tensor_parallel_size, trust_remote_code = None, 1, False  # what an Engine asks for; no options here
 
 
 def main(method, doc, settings_class, train_round):
@@ -108,10 +107,7 @@ def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
     # after the checks: importing vLLM takes seconds
     from rollout import Engine, episodes_for, evaluate, sample, shut_down
 
-    engine = Engine(
-        s.model, max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], gpu_memory=s.gpu_memory,
-        max_sequences=s.max_sequences, on_step=watch.beat,
-    )  # fmt: skip
+    engine = Engine(s, watch)
     engine.seed(s.seed)
     grader = Grader()
     if dist.get_rank() == 0:
@@ -126,7 +122,7 @@ def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
 
     accuracy = evaluation_metrics(evaluate(engine, grader, test, s), engine.tensor_parallel)["accuracy"]
     log({"iteration": 0, "accuracy": accuracy})
-    policy, gradient_steps, phase = None, 0, Phases(watch, engine)
+    policy, gradient_steps, phase = None, 0, Phases(engine)
     for round in range(1, s.rounds + 1):
         phase.reset()
         count = min(s.problems_per_round or len(training), len(training))
@@ -155,7 +151,7 @@ def _rounds(s, run, tokenizer, training, test, train_round, device, watch):
         }
         log(line | metrics | {f"seconds_{name}": seconds for name, seconds in phase.seconds.items()})
     save_pretrained(policy, tokenizer, run / "model", compute_dtype(device))
-    shut_down(engine, grader, watch)
+    shut_down(engine, grader)
 
 
 def by_problem(episodes):

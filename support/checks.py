@@ -2,13 +2,12 @@
 
 import torch
 
-from support.metrics import check_report
 from support.settings import require
 
 # most that the engine's and the trainer's log-probabilities may differ on average
 GAP = {torch.float32: 0.001, torch.bfloat16: 0.05}
-VINEPPO = ["K", "step_credit", "max_valued_steps", "baseline_smoothing", "share_responses"]
-BELONGS_TO = dict.fromkeys(VINEPPO, ["vineppo"]) | dict.fromkeys(["gamma", "critic_learning_rate"], ["ppo"])
+VINEPPO = ["K", "step_credit", "max_valued_steps", "baseline_smoothing"]
+BELONGS_TO = dict.fromkeys(VINEPPO, ["vineppo"]) | {"critic_learning_rate": ["ppo"]}
 BELONGS_TO["gae_lambda"] = ["vineppo", "ppo"]
 
 
@@ -31,7 +30,6 @@ def check_temperatures(s):
 
 def check(s, world):
     """Raise ValueError for settings that do not go together, or not on `world` ranks."""
-    check_report(s.report_to)
     if not s.eval_only:
         check_batches(s, world)
     size = s.tensor_parallel_size
@@ -41,8 +39,6 @@ def check(s, world):
     require(s.eval_temperature > 0 or s.eval_samples == 1, greedy)
     room = f"--max_tokens {s.max_tokens} leaves no room for prompts in --max_sequence {s.max_sequence}"
     require(s.max_tokens < s.max_sequence, room)
-    both = "--eval_only and --resume exclude each other: name the checkpoint's folder with --model"
-    require(not (s.eval_only and s.resume), both)
 
 
 def check_batches(s, world):

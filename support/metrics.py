@@ -1,17 +1,14 @@
-"""Metrics of an iteration, the time of its phases, and where else they are reported."""
+"""Metrics of an iteration, and the time of its phases."""
 
-import importlib
 import statistics
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from support.ranks import gather_lists
-from support.settings import require
 
 
 class Phases:
@@ -19,8 +16,8 @@ class Phases:
 
     LONG = 120  # seconds
 
-    def __init__(self, watch, engine):
-        self.watch, self.engine = watch, engine
+    def __init__(self, engine):
+        self.engine = engine
         self.reset()
 
     def reset(self):
@@ -30,7 +27,7 @@ class Phases:
     @contextmanager
     def __call__(self, name, can_stop=False):
         """See Watch.phase. Waiting for other ranks at the end of a phase is not counted."""
-        with self.watch.phase(name, can_stop):
+        with self.engine.watch.phase(name, can_stop):
             start, cache = time.perf_counter(), self.engine.prefix_cache_counts()
             notice = threading.Timer(self.LONG, self._say_long, [name])
             notice.daemon = True
@@ -48,29 +45,32 @@ class Phases:
             tqdm.write(f"{name} takes longer than {self.LONG} s")
 
 
-def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
+def iteration_metrics(episodes, states, seconds, counts, epochs):
     """Metrics of an iteration over all ranks; every rank calls it.
 
-    episodes: this rank's. seconds: of its phases. counts: numbers to be summed over the ranks.
-    epochs: passes over the episodes in the update. of_steps: with the metrics about states.
+    episodes: this rank's. states: those that its engine valued, from the rank that leads the engine, else []; None:
+    the algorithm values no states. seconds: of its phases. counts: numbers to be summed over the ranks. epochs:
+    passes over the episodes in the update.
     """
-    rows, states = [], {}
+    rows = []
     for e in episodes:
         zeros = sum(a == 0 for a in e.advantages)
-        rows.append((e.reward, e.finished, len(e.states), zeros, len(e.prompt_ids), len(e.response_ids)))
-        for state in filter(None, e.states):
-            tokens = sum(len(rollout.token_ids) for rollout in state.rollouts)
-            states[state.engine, state.number] = state.value, len(state.rollouts), tokens
-    ranks = gather_lists([(rows, states, seconds, counts)])
+        rows.append(
+            (e.reward, e.finished, len(e.boundaries) - 1, zeros, len(e.prompt_ids), len(e.response_ids))
+        )
+    valued = []
+    for state in states or []:
+        tokens = sum(len(rollout.token_ids) for rollout in state.rollouts)
+        valued.append((state.value, len(state.rollouts), tokens))
+    ranks = gather_lists([(rows, valued, seconds, counts)])
     rows = [row for rank in ranks for row in rank[0]]
-    # each once, also where ranks share an engine
-    states = {key: state for rank in ranks for key, state in rank[1].items()}
+    valued = [row for rank in ranks for row in rank[1]]
     busy = [seconds["sample"] + seconds["values"] for _, _, seconds, _ in ranks]
     seconds = {name: max(rank[2][name] for rank in ranks) for name in seconds}  # of the slowest rank
     counts = {name: sum(rank[3][name] for rank in ranks) for name in counts}
     rewards, finished, lengths, zeros, prompt_tokens, response_tokens = zip(*rows)
     sampled = sum(response_tokens)
-    values, rollouts, value_tokens = zip(*states.values()) if states else ((), (), ())
+    values, rollouts, value_tokens = zip(*valued) if valued else ((), (), ())
     metrics = dict(
         reward=statistics.mean(rewards),
         unfinished=statistics.mean(not ended for ended in finished),
@@ -80,10 +80,10 @@ def iteration_metrics(episodes, seconds, counts, epochs, of_steps):
         # share of the rollouts' time that a rank waits for the slowest
         idle=1 - statistics.mean(busy) / (seconds["sample"] + seconds["values"]),
     )
-    if of_steps:
+    if states is not None:
         metrics |= dict(
             steps_per_response=statistics.mean(lengths),
-            states=len(states),
+            states=len(values),
             rollouts=sum(rollouts),
             value_mean=statistics.mean(values or [0.0]),
             value_std=statistics.pstdev(values or [0.0]),
@@ -106,47 +106,3 @@ def rounded(value):
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if abs(value) < float("inf") else None
-
-
-def check_report(to):
-    """Raise ValueError if metrics cannot be sent there."""
-    require(
-        to in ("none", "tensorboard", "wandb"),
-        f"--report_to {to} is not known: use none, tensorboard or wandb",
-    )
-    try:
-        importlib.import_module("json" if to == "none" else to)
-    except ImportError:
-        raise ValueError(f"--report_to {to}: the package is not installed (pip install {to})") from None
-
-
-class Report:
-    """Sends metrics to Weights & Biases or TensorBoard, where asked for. done: iterations so far."""
-
-    def __init__(self, s, folder, done):
-        self.writer = self.wandb = None
-        if s.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(folder, purge_step=done + 1)
-        if s.report_to == "wandb":
-            import wandb
-
-            self.wandb = wandb
-            known = folder / "wandb_id"  # a resumed run goes to the same place
-            if not known.exists():
-                known.write_text(wandb.util.generate_id())
-            options = dict(id=known.read_text(), resume="allow", config=asdict(s))
-            wandb.init(project="vineppo", name=folder.name, **options)
-
-    def __call__(self, iteration, metrics):
-        for name, value in metrics.items() if self.writer else ():
-            self.writer.add_scalar(name, value, iteration)
-        if self.wandb:
-            self.wandb.log(metrics, step=iteration)
-
-    def close(self):
-        if self.writer:
-            self.writer.close()
-        if self.wandb:
-            self.wandb.finish()

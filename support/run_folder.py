@@ -7,7 +7,7 @@ What it holds under its own name is whole, at whatever moment the run was killed
     metrics.jsonl     one line per iteration; line 0: accuracy before training
     checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training
                       resumes from, and the settings
-    episodes/00000N   stored responses, for experiments/show.py
+    episodes/00000N   stored responses, for tools/show.py
     model             the final policy, a Hugging Face folder
 
 Files and folders are written under the name NAME.unfinished first and then renamed. A folder lists
@@ -19,9 +19,12 @@ import gzip
 import json
 import os
 import shutil
+import statistics
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+
+from steps import step_boundaries, token_starts
 
 SIZES = "files.json"  # of a folder: {file: bytes}
 
@@ -139,6 +142,35 @@ def open_metrics(run, lines):
     """metrics.jsonl with these lines, open to append others."""
     write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return open(run / "metrics.jsonl", "a", buffering=1)
+
+
+def solution(episode, decode, shown=2):
+    """What is stored of an episode for tools/show.py: prompt, answer, reward, finished, steps.
+
+    A step: text, tokens (their number), advantage (their mean), value (of the state before it; None where the
+    algorithm has none) and, where rollouts made the value, K, how many were right, their lengths in tokens, the
+    texts of `shown` right and wrong ones, and the advantage's target and baseline where values were averaged.
+    """
+    e, steps = episode, []
+    starts = token_starts(e.response_ids, decode)
+    cuts = e.boundaries or step_boundaries("paper", e.text, e.response_ids, decode)
+    for t, (a, b) in enumerate(zip(cuts, cuts[1:])):
+        text = e.text[starts[a] : starts[b] if b < len(starts) else None]
+        step = dict(text=text, tokens=b - a, advantage=statistics.mean(e.advantages[a:b]), value=None)
+        if e.states:
+            state = e.states[t] if t < len(e.states) else None
+            rollouts = state.rollouts if state else []
+            right = [r for r in rollouts if r.reward]
+            wrong = [r for r in rollouts if not r.reward]
+            step |= dict(value=state.value if state else None, right=len(right), K=len(rollouts))
+            step["rollout_tokens"] = [len(r.token_ids) for r in rollouts]
+            if state and e.step_targets:
+                step |= dict(target=e.step_targets[t], baseline=e.step_baselines[t])
+            step["rollouts"] = [(r.reward, r.text[starts[a] :]) for r in right[:shown] + wrong[:shown]]
+        elif e.token_values:
+            step["value"] = e.token_values[a]
+        steps.append(step)
+    return dict(prompt=e.prompt, answer=e.answer, reward=e.reward, finished=e.finished, steps=steps)
 
 
 def write_solutions(path, solutions):
