@@ -169,9 +169,13 @@ def compute_dtype(device, bfloat16=None):
 
 
 def device_mesh(device):
-    """The ranks of one machine; of several, [machines, ranks]: each holds a whole copy, sharded over its ranks."""
-    world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
-    shape, names = ((world // local, local), ("replicate", "shard")) if world > local else ((world,), None)
+    """The ranks of one machine; of several, [machines, ranks]: each holds a whole copy, sharded over its ranks.
+
+    torchrun sets GROUP_WORLD_SIZE, the number of machines. Its LOCAL_WORLD_SIZE does not last: vLLM on CPU
+    overwrites it.
+    """
+    world, machines = dist.get_world_size(), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    shape, names = ((machines, world // machines), ("replicate", "shard")) if machines > 1 else ((world,), None)
     return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
