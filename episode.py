@@ -79,7 +79,10 @@ class Episode(Record):
     # what the loss uses: ppo.py
     advantages: list[float] = field(default_factory=list)  # [N], not yet whitened
 
-    prefix_ids = ()  # its response begins right after the prompt
+    @property
+    def prefix_ids(self):
+        """Its response begins right after the prompt."""
+        return []
 
     def receive(self, completions):
         (c,) = completions

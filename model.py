@@ -175,7 +175,9 @@ def device_mesh(device):
     overwrites it.
     """
     world, machines = dist.get_world_size(), int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    shape, names = ((machines, world // machines), ("replicate", "shard")) if machines > 1 else ((world,), None)
+    shape, names = (
+        ((machines, world // machines), ("replicate", "shard")) if machines > 1 else ((world,), None)
+    )
     return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 

@@ -181,7 +181,7 @@ class Engine:
             request_id = str(self.submitted)
             self.submitted += 1
             self.running[request_id] = record, params
-            prompt = {"prompt_token_ids": [*record.prompt_ids, *record.prefix_ids]}
+            prompt = {"prompt_token_ids": record.prompt_ids + record.prefix_ids}
             self.llm.llm_engine.add_request(request_id, prompt, params)
 
     def step(self):
@@ -217,7 +217,7 @@ class Engine:
         logprobs = None
         if output.logprobs is not None:
             logprobs = [entry[i].logprob for entry, i in zip(output.logprobs, ids)]
-        text = self.decode([*prefix_ids, *ids])
+        text = self.decode(prefix_ids + ids)
         # vLLM overlooks a stop string that begins in the prefix
         stops = [text.find(s) for s in self.stop if s in text]
         self.aborted += output.finish_reason not in ("stop", "length")

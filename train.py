@@ -41,6 +41,9 @@ from support.watch import Watch
 logging.disable_progress_bar()  # transformers' own bars, one a file
 
 
+ALGORITHMS = ["vineppo", "ppo", "grpo", "rloo"]
+
+
 @dataclass
 class Settings:
     """The values are the paper's for MATH with Rho-1B (released config rho1b). PRESETS replaces some."""
@@ -50,7 +53,7 @@ class Settings:
         "arithmetic", "math, gsm8k, arithmetic or worded (both built in), or a path (see data.py)"
     )
     model: str | None = setting("realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name")
-    algorithm: str = setting("vineppo", "whose advantages", choices=["vineppo", "ppo", "grpo", "rloo"])
+    algorithm: str = setting("vineppo", "whose advantages", choices=ALGORITHMS)
     run_dir: str | None = setting(None, "folder of the run; None: runs/DATASET", may_change=True)
     iterations: int = setting(1000, "rounds of sampling and update", min=1)
     seed: int = setting(0, "of the problems, the sampling and the minibatches")

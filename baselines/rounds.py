@@ -66,7 +66,11 @@ class Settings:
     eval_temperature: float = setting(0.35, "sampling temperature of evaluations", min=0)
     gpu_memory: float = setting(0.6, "share of a GPU for the engine while it samples", above=0, max=1)
     max_sequences: int | None = setting(None, "responses that an engine generates at a time", min=1)
-    bfloat16, tensor_parallel_size, trust_remote_code = None, 1, False  # what an Engine asks for; no options here
+    bfloat16, tensor_parallel_size, trust_remote_code = (
+        None,
+        1,
+        False,
+    )  # what an Engine asks for; no options here
 
 
 def main(method, doc, settings_class, train_round):

@@ -25,6 +25,14 @@ GAP = 0.05 if torch.cuda.is_available() else 1e-4  # largest logprob_gap of equa
 SHARED_DATA = ROOT.parent / "shared" / "data"  # GSM8K and a MATH sample, where they are at hand
 
 
+def settings(model, **changes):
+    """Of two iterations with one minibatch of eight responses, in two epochs, at temperature 1."""
+    import train
+
+    sizes = dict(iterations=2, prompts_per_iteration=4, responses_per_prompt=2, minibatch=8)
+    return train.Settings(**dict(model=str(model), temperature=1.0, whiten=True) | sizes | EXACT | changes)
+
+
 @pytest.fixture(scope="session")
 def device():
     from support.ranks import init_distributed
@@ -53,7 +61,7 @@ def tokenizer(tiny_model):
 def engine(tiny_model, device):
     from rollout import Engine
 
-    engine = Engine(tiny_model, max_sequence=256, stop=["#"])
+    engine = Engine(settings(tiny_model, max_sequence=256, stop="#"))
     yield engine
     engine.shutdown()
 

@@ -6,18 +6,21 @@ import json
 import random
 import statistics
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXACT, GAP, python, torchrun
+from conftest import EXACT, GAP, python, settings, torchrun
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
 import train
 from baselines import critic, dpo, groups, restem
 from episode import Episode
+from grader import Grader
+from learner import micro_batch
 from model import full_tensors, load_sharded
 from ppo import Trainer
 from rollout import episodes_for, sample
@@ -61,17 +64,15 @@ def test_rloo_is_the_unbiased_policy_gradient():
 # --- PPO ---
 
 
-def test_gae_is_the_sum_of_discounted_errors():
+def test_gae_is_the_weighted_sum_of_the_errors_that_follow():
     rng = random.Random(0)
-    for gamma, lam in [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.7, 1.0)]:
+    for lam in (1.0, 0.8, 0.0):
         values, reward = [rng.random() for _ in range(6)], 1.0
         rewards, following = [0.0] * 5 + [reward], [*values[1:], 0.0]
-        deltas = [r + gamma * after - v for r, after, v in zip(rewards, following, values)]
-        expected = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, 6)) for t in range(6)]
-        assert critic.gae(values, reward, gamma, lam) == pytest.approx(expected)
-    assert critic.gae(values, reward) == pytest.approx(
-        [reward - v for v in values]
-    )  # the paper's gamma = lambda = 1
+        deltas = [r + after - v for r, after, v in zip(rewards, following, values)]
+        expected = [sum(lam ** (k - t) * deltas[k] for k in range(t, 6)) for t in range(6)]
+        assert critic.gae(values, reward, lam) == pytest.approx(expected)
+    assert critic.gae(values, reward) == pytest.approx([reward - v for v in values])  # the paper's lambda = 1
     assert critic.gae([], 1.0) == []
 
 
@@ -82,12 +83,9 @@ def test_value_loss_is_the_larger_of_the_clipped_and_the_plain_square():
         torch.tensor([1.0, 1.0, 0.0]),
     )
     # 0.9 is clipped to 0.7: max(0.01, 0.09); 0.1 to 0.3: max(0.81, 0.49); 0.5 stays: 0.25
-    assert critic.value_loss(values, old, returns, 0.2).item() == pytest.approx(
-        0.5 * (0.09 + 0.81 + 0.25) / 3
-    )
-    assert critic.value_loss(values, old, returns, 0.2, num_tokens=6).item() == pytest.approx(
-        0.5 * (0.09 + 0.81 + 0.25) / 6
-    )
+    for num_tokens in (3, 6):
+        loss = critic.value_loss(values, old, returns, num_tokens, clip=0.2)
+        assert loss.item() == pytest.approx(0.5 * (0.09 + 0.81 + 0.25) / num_tokens)
 
 
 def episodes_for_the_critic(seed=0):
@@ -105,17 +103,9 @@ def episodes_for_the_critic(seed=0):
 @pytest.mark.parametrize("micro_batch_tokens", [1, 1000])
 def test_a_critic_step_is_plain_torch(tiny_model, device, micro_batch_tokens):
     episodes = episodes_for_the_critic()
-    network = critic.Critic(
-        tiny_model,
-        device,
-        total_steps=10**6,
-        learning_rate=1e-2,
-        minibatch=4,
-        micro_batch_tokens=micro_batch_tokens,
-        epochs=1,
-        max_grad_norm=1.0,
-        loading=EXACT,
-    )
+    s = settings(tiny_model, iterations=10**6, epochs=1, minibatch=4, prompts_per_iteration=2)
+    s.critic_learning_rate, s.micro_batch_tokens = 1e-2, micro_batch_tokens
+    network = critic.Critic(s, device)
     network.set_advantages(episodes)
     for e in episodes:
         assert e.token_values == [0.0] * len(e.response_ids)  # the head starts at zero
@@ -141,7 +131,7 @@ def test_a_critic_step_is_plain_torch(tiny_model, device, micro_batch_tokens):
         loss, tokens = (
             loss + 0.5 * ((values - e.reward) ** 2).sum(),
             tokens + len(values),
-        )  # gamma = lambda = 1: the return is R
+        )  # lambda = 1: the return is R
     (loss / tokens).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     optimizer.step()
@@ -157,8 +147,8 @@ def test_a_critic_learns_what_can_be_told_from_the_prompt_and_is_restored(tiny_m
     goes from 0 to near 1.
     """
     rng = random.Random(0)
-    settings = dict(total_steps=60, learning_rate=1e-3, minibatch=16, epochs=2, loading=EXACT)
-    network = critic.Critic(tiny_model, device, **settings)
+    s = settings(tiny_model, iterations=15, prompts_per_iteration=16, minibatch=16, learning_rate=1e-3)
+    network = critic.Critic(s, device)
     explained = []
     for _ in range(15):
         episodes = [
@@ -173,7 +163,7 @@ def test_a_critic_learns_what_can_be_told_from_the_prompt_and_is_restored(tiny_m
         explained.append(network.update(episodes)["explained_variance"])
     assert explained[0] < 0.05 and explained[-1] > 0.8, explained
     network.save(tmp_path)
-    again = critic.Critic(tiny_model, device, **settings)
+    again = critic.Critic(s, device)
     again.load(tmp_path)
     assert again.learner.step == network.learner.step == 60
     other = [replace(e) for e in episodes]
@@ -253,12 +243,15 @@ def test_a_dpo_round_widens_the_margin_and_matches_plain_log_probabilities(tiny_
 
     model = load_sharded(tiny_model, device, **EXACT)
     with torch.no_grad():
-        before = margin(lambda e: dpo.response_logprobs(model, [e], device).item())
+        before = margin(lambda e: dpo.response_logprobs(model, micro_batch([e], [0], device), [e]).item())
         assert before == pytest.approx(margin(by_plain_torch), abs=1e-3)
     model, steps, metrics = dpo.train_round(s, episodes, None, device)
     assert steps == 12 and metrics["examples"] == 16
     with torch.no_grad():
-        assert margin(lambda e: dpo.response_logprobs(model, [e], device).item()) > before + 1
+        assert (
+            margin(lambda e: dpo.response_logprobs(model, micro_batch([e], [0], device), [e]).item())
+            > before + 1
+        )
 
 
 def trained(model, device, rank=0, world=1):
@@ -266,10 +259,8 @@ def trained(model, device, rank=0, world=1):
     rank's share of the work: [{name: tensor}].
     """
     share = episodes_for_the_critic()[rank::world]
-    network = critic.Critic(
-        model, device, total_steps=4, learning_rate=1e-2, minibatch=4, micro_batch_tokens=1, epochs=2,
-        loading=EXACT,
-    )  # fmt: skip
+    options = dict(learning_rate=1e-2, minibatch=4, prompts_per_iteration=2, micro_batch_tokens=1)
+    network = critic.Critic(settings(model, **options), device)
     with torch.no_grad():
         network.model.network.score.weight.add_(0.01)
     for _ in range(2):
@@ -301,17 +292,21 @@ def test_two_ranks_train_the_baselines_as_one_does(tiny_model, device, tmp_path)
             assert change > 1e-3 and (got[name] - tensor).norm() < error * change, name
 
 
-def test_group_advantages_are_used_as_their_formulas_give_them():
-    """Their scale is the formula's; values are compared over the iteration, so theirs are whitened."""
-    assert not groups.Group(groups.grpo, 2).whiten and Vine.whiten and critic.Critic.whiten
-    assert Vine.values_steps and not critic.Critic.values_steps and not groups.Group.values_steps
+def test_values_are_whitened_and_group_advantages_are_not_unless_asked_for():
+    by_default = {name: train.parse_settings(["--algorithm", name]).whiten for name in train.ALGORITHMS}
+    assert by_default == dict(vineppo=True, ppo=True, grpo=False, rloo=False)
+    assert train.parse_settings(["--algorithm", "rloo", "--whiten", "True"]).whiten
+    assert not train.parse_settings(["--whiten", "False"]).whiten
 
 
 # --- whole loops on a problem that is learnt in seconds: a response is right if it begins with 7 ---
 
 
-class BeginsWith7:
-    def start(self, texts, golds):
+class BeginsWith7(Grader):
+    def __init__(self):
+        pass
+
+    def begin(self, record):
         pass
 
     def grade(self, texts, golds):
@@ -324,11 +319,10 @@ def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, token
     gets are the graded responses alone.
     """
     engine.load_weights(full_tensors(load_sharded(tiny_model, device)))
-    s = train.Settings(
-        responses_per_prompt=32, K=4, step_credit="tokens:1", max_tokens=4, temperature=1.0, top_p=1.0
-    )
+    s = settings(tiny_model, responses_per_prompt=32, minibatch=64, iterations=50, learning_rate=1e-3)
+    s.K, s.step_credit, s.max_tokens, s.top_p = 4, "tokens:1", 4, 1.0
+    s.whiten = algorithm in ("vineppo", "ppo")
     batch = [data.Problem("", "", prompt_ids=tokenizer(f"{i}+{i}?\n")["input_ids"]) for i in range(4)]
-    settings = dict(total_steps=200, minibatch=64, epochs=2)
     rewards, policy = [], None
     if algorithm in ("restem", "dpo"):
         module = {"restem": restem, "dpo": dpo}[algorithm]
@@ -343,12 +337,11 @@ def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, token
     else:
         estimator = {
             "vineppo": lambda: Vine(engine, BeginsWith7(), s),
-            "ppo": lambda: critic.Critic(tiny_model, device, learning_rate=1e-3, **settings),
+            "ppo": lambda: critic.Critic(s, device),
             "grpo": lambda: groups.Group(groups.grpo, s.responses_per_prompt),
             "rloo": lambda: groups.Group(groups.rloo, s.responses_per_prompt),
         }[algorithm]()
-        whiten = estimator.whiten
-        trainer = Trainer(tiny_model, device, learning_rate=1e-3, whiten_advantages=whiten, **settings)
+        trainer = Trainer(s, device)
     for _ in range(12):
         episodes = episodes_for(batch, s.responses_per_prompt)
         if algorithm in ("restem", "dpo"):
@@ -356,7 +349,7 @@ def test_the_share_of_right_responses_rises(algorithm, engine, tiny_model, token
             policy, _, _ = module.train_round(r, episodes, policy, device)
         else:
             sample(engine, BeginsWith7(), episodes, s, on_response=estimator.start)
-            estimator.finish()
+            estimator.finish(lambda name, can_stop=False: nullcontext())
             estimator.set_advantages(episodes)
             trainer.update(episodes)
             estimator.update(episodes)

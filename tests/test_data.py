@@ -359,7 +359,7 @@ def test_what_repeats_is_said(tmp_path, tokenizer):
     for split, found in rows.items():
         lines = [json.dumps(dict(problem=problem, answer=answer)) for problem, answer in found]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    said, settings = [], SimpleNamespace(max_sequence=100, max_tokens=10, chat=False, max_bad_answers=0)
+    said, settings = [], SimpleNamespace(max_sequence=100, max_tokens=10, chat=False)
     data.encode_splits(data.load(tmp_path), tokenizer, settings, said.append)
     assert said[0] == "1 of 2 test problems are training problems too"
     assert said[1].startswith("1 problems have more than one gold answer, the first:") and "1+1?" in said[1]
@@ -418,20 +418,23 @@ GOLDS = [  # as JSON; what is wrong with them, or the answer that they are
 
 
 @pytest.mark.parametrize("gold, expected", GOLDS)
-def test_golds_that_no_response_can_match_are_counted_and_named(gold, expected, tmp_path, tokenizer):
+def test_golds_that_no_response_can_match_are_counted_and_named(
+    gold, expected, tmp_path, tokenizer, monkeypatch
+):
     """No more than the share that is let through; a training run of them alone is refused."""
     rows = ['{"problem": "1+1?", "answer": "2"}', f'{{"problem": "2+2?", "answer": {gold}}}']
     (tmp_path / "d.jsonl").write_text("\n".join(rows))
     splits, said = data.load(tmp_path / "d.jsonl"), []
-    settings = SimpleNamespace(max_sequence=100, max_tokens=10, chat=False, max_bad_answers=0.5)
+    settings = SimpleNamespace(max_sequence=100, max_tokens=10, chat=False)
+    monkeypatch.setattr(data, "MAX_BAD_ANSWERS", 0.5)
     _, (p,) = data.encode_splits(splits, tokenizer, settings, said.append)
     if not said:
         assert p.answer == expected
         return
     assert said[0].startswith("no response can match 1 of 2 gold answers, the first: ")
     assert expected in said[0] and "d.jsonl line 2" in said[0] and "\n" not in said[0]
-    settings.max_bad_answers = 0.4
-    with pytest.raises(ValueError, match="--max_bad_answers 0.4"):
+    monkeypatch.setattr(data, "MAX_BAD_ANSWERS", 0.4)
+    with pytest.raises(ValueError, match="at most 40% of them"):
         data.encode_splits(splits, tokenizer, settings)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import EXACT
+from conftest import settings
 from transformers import AutoModelForCausalLM
 
 import data
@@ -154,7 +154,7 @@ def test_what_the_engine_gives_up_is_unfinished_and_counted(engine, models):
     engine.load_weights(full_tensors(models[0]))  # nothing is left running: the cache can be dropped
 
 
-def test_on_step_can_give_the_work_up(engine, models):
+def test_the_watch_can_give_the_work_up(engine, models):
     class Enough(Exception):
         pass
 
@@ -162,12 +162,12 @@ def test_on_step_can_give_the_work_up(engine, models):
         if engine.steps == start + 5:
             raise Enough
 
-    start, engine.on_step = engine.steps, enough
+    start, engine.watch = engine.steps, SimpleNamespace(step=enough)
     engine.submit(State(PROMPT, []), 1, 60, 0.0)
     with pytest.raises(Enough):
         while engine.running:
             engine.step()
-    engine.on_step = None
+    engine.watch = None
     while engine.running:
         engine.step()
 
@@ -224,20 +224,20 @@ def test_a_model_that_the_engine_computes_otherwise_is_noticed_before_training(
 ):
     run = object.__new__(Run)
     run.engine, run.s, run.first = engine, SimpleNamespace(max_tokens=16, seed=0), True
-    run.trainer = ppo.Trainer(tiny_model, device, total_steps=4, loading=EXACT)
+    run.trainer = ppo.Trainer(settings(tiny_model), device)
     problems = [data.Problem("", "", prompt_ids=[1, 5 + i, 9]) for i in range(5)]
     engine.load_weights(run.trainer.weights())
     score, sampled = run.trainer.score, []
     monkeypatch.setattr(
         run.trainer, "score", lambda es: sampled.append([e.response_ids for e in es]) or score(es)
     )
-    assert run.engine_agrees(problems) and not capsys.readouterr().out
+    assert run.agrees(problems) and not capsys.readouterr().out
     monkeypatch.setattr(engine, "number", engine.number + 1)
-    assert run.engine_agrees(problems) and len(sampled[0]) == 5 and sampled[0] != sampled[1]
+    assert run.agrees(problems) and len(sampled[0]) == 5 and sampled[0] != sampled[1]
     monkeypatch.setattr(engine, "number", engine.number - 1)
-    assert run.engine_agrees(problems) and sampled[0] == sampled[2]
+    assert run.agrees(problems) and sampled[0] == sampled[2]
     engine.load_weights(full_tensors(models[1]))  # as of a model whose weights the engine takes otherwise
-    assert not run.engine_agrees(problems)
+    assert not run.agrees(problems)
     assert "ENGINE AND TRAINER DISAGREE" in capsys.readouterr().out
 
 

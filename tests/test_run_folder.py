@@ -7,15 +7,12 @@ import random
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, our_environment, python
 
 from support import run_folder
-from support.metrics import Report
 from support.run import Run
-from train import parse_settings
 
 
 def write(draft):
@@ -171,18 +168,3 @@ def test_files_of_a_run_that_are_gone_or_empty_are_named(tmp_path):
     (tmp_path / "settings.json").touch()
     with pytest.raises(ValueError, match="settings.json cannot be read"):
         run_folder.read_json(tmp_path / "settings.json")
-
-
-def test_a_resumed_run_goes_on_in_the_same_place_of_wandb(tmp_path, monkeypatch):
-    calls = []
-    double = SimpleNamespace(
-        init=lambda **options: calls.append(options), log=lambda *_, **__: None, finish=lambda: None,
-        util=SimpleNamespace(generate_id=lambda: f"id{len(calls)}"),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "wandb", double)
-    s = parse_settings(["--dataset", "arithmetic", "--report_to", "wandb"])
-    for done in (0, 5):
-        Report(s, tmp_path, done).close()
-    first, second = calls
-    assert first["id"] == second["id"] == "id0" and first["resume"] == second["resume"] == "allow"
-    assert first["config"]["K"] == 4

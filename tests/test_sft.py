@@ -33,11 +33,11 @@ def test_a_step_is_plain_torch_on_the_response_tokens_whatever_the_micro_batch(t
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     optimizer.step()
 
-    options = dict(epochs=1, batch=8, peak=1e-2, seed=0)
     for micro_batch in (3, 8):
         policy = load_sharded(tiny_model, device, **EXACT)
-        ((_, _, loss),) = sft.finetune(policy, episodes, device, micro_batch_size=micro_batch, **options)
-        assert abs(loss - (total / count).item()) < 1e-5
+        s = sft.Settings(epochs=1, batch=8, learning_rate=1e-2, micro_batch=micro_batch)
+        learner = sft.finetune(policy, episodes, device, s)
+        assert learner.step == 1 and abs(learner.means()["loss"] - (total / count).item()) < 1e-5
         for name, tensor in full_tensors(policy):
             expected = plain.state_dict()[name]
             assert (tensor.cpu() - expected).norm() < 1e-3 * (expected - start[name]).norm(), name

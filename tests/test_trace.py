@@ -12,7 +12,7 @@ import sys
 import weakref
 
 import pytest
-from conftest import python
+from conftest import python, settings
 from test_plan import config_of, training
 
 from experiments.plan import REST
@@ -170,7 +170,8 @@ def trace(size):
     in_float32 = lambda q, k, *rest, **o: kernel(q, k.float(), *rest, **o)
     in_int64 = lambda q, k, v, starts, *rest, **o: kernel(q, k, v, starts.long(), *rest, **o)
     with t.fake:
-        t.trainer = t.ppo.Trainer("", t.device, total_steps=4, minibatch=64, epochs=1, micro_batch_tokens=200)
+        sizes = dict(prompts_per_iteration=32, minibatch=64, epochs=1, micro_batch_tokens=200)
+        t.trainer = t.ppo.Trainer(settings("", bfloat16=None, **sizes), t.device)
         found = {
             "whole": t.outcome("per_token", t.ppo, per_token),
             "the advantages on the CPU": t.outcome(
@@ -224,10 +225,11 @@ def peak(size):
                         self.add(id(storage), storage.nbytes())
             return out
 
-    Trace.count, settings = 2, dict(minibatch=128, epochs=1, micro_batch_tokens=8192)
+    sizes = dict(prompts_per_iteration=64, minibatch=128, epochs=1, micro_batch_tokens=8192)
+    Trace.count = 2
     t = Trace(size)
     with t.fake, Memory() as memory:
-        trainer = t.ppo.Trainer("", t.device, total_steps=4, **settings)
+        trainer = t.ppo.Trainer(settings("", bfloat16=None, **sizes), t.device)
         batch = episodes(16, 224, 800)
         trainer.update(batch)  # makes AdamW's state
         gc.collect()

@@ -26,7 +26,6 @@ SMALL = [
     "4",
 ]
 SMALL += ["--max_tokens", "40", "--eval_problems", "8", "--eval_samples", "1"]
-SMALL += ["--max_bad_answers", "1"]  # FAULTY's rewards have nothing to do with the gold answers
 
 
 def metrics_of(run):
@@ -68,11 +67,12 @@ def test_two_ranks_learn_arithmetic(tmp_path, sft_policy):
 
 FAULTY = """
 import os, signal, sys, time, zlib
-import grader, ppo, rollout, train, vine
+import data, dealing, grader, ppo, rollout, train
 from support import run_folder
+data.MAX_BAD_ANSWERS = 1  # the rewards below have nothing to do with the gold answers
 how = sys.argv.pop()
 rank = os.environ.get("RANK", "0")
-calls, deal, finish, even_out = [], vine.Vine.deal, vine.Vine.finish, vine.even_out
+calls, wait, even_out = [], dealing.DealtVine.wait, dealing.even_out
 seed, update, save = rollout.Engine.seed, ppo.Trainer.update, run_folder.write_checkpoint
 
 def chance(self, texts, golds):  # an untrained model is never right: with these rewards there is something to learn
@@ -88,15 +88,15 @@ def faulty_seed(self, *numbers):
             rollout.Engine.step = broken_step
     seed(self, *numbers)
 
-def faulty_finish(self):
+def faulty_wait(self):
     if len(calls) == 3 and how == "signal" and rank == "0":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(2)  # until both know
-    finish(self)
+    wait(self)
 
-def told_even_out(loads, queues):
-    dealt = even_out(loads, queues)
-    if dealt != [list(queue) for queue in queues]:
+def told_even_out(loads, sizes):
+    dealt = even_out(loads, sizes)
+    if [len(queue) for queue in dealt] != [len(queue) for queue in sizes]:
         print("states were dealt")
     return dealt
 
@@ -114,7 +114,8 @@ def save_and_die(run, iteration, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 grader.Grader.grade, rollout.Engine.seed, ppo.Trainer.update = chance, faulty_seed, faulty_update
-run_folder.write_checkpoint, vine.Vine.finish, vine.even_out = save_and_die, faulty_finish, told_even_out
+run_folder.write_checkpoint = save_and_die
+dealing.DealtVine.wait, dealing.even_out = faulty_wait, told_even_out
 train.main()
 """
 
@@ -145,8 +146,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
         3e-3,
     ]
     arguments += ["--max_sequences", 4]  # so that states wait, and are dealt to the other rank
-    averaged = "--gae_lambda 0.5 --baseline_smoothing 0.5 --share_responses"
-    arguments += f"{averaged} --step_credit cutpoints:12 --mask_above 0.05".split()
+    arguments += "--gae_lambda 0.5 --baseline_smoothing 0.5 --step_credit cutpoints:12".split()
     run = lambda folder, how, ranks=2: torchrun(
         ranks, tmp_path / "faulty.py", *arguments, "--run_dir", tmp_path / folder, how
     )
@@ -170,7 +170,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
         and expected[-1]["grad_norm"] > 0
     )
     assert comparable(tmp_path / "stopped") == expected
-    assert all(0 < line["kept"] < 1 and line["steps_per_response"] > 1 for line in expected[1:])
+    assert all(line["steps_per_response"] > 1 for line in expected[1:])
     same = [
         AutoModelForCausalLM.from_pretrained(tmp_path / folder / "model").state_dict()
         for folder in ("straight", "stopped")
@@ -203,20 +203,15 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
         "--save_every",
         1,
     ]
-    arguments += [
-        "--report_to",
-        "tensorboard",
-        "--algorithm",
-        "ppo",
-    ]  # with a critic, so there is more to lose
+    arguments += ["--algorithm", "ppo"]  # with a critic, so there is more to lose
     killed = torchrun(1, tmp_path / "faulty.py", *arguments, "killed")
     assert killed.returncode != 0 and [line["iteration"] for line in metrics_of(tmp_path / "run")] == [1, 2]
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 3, "rewa')  # as if it had been killed while it wrote
-    refused = python("train.py", *arguments, "--clip", 0.3, "--seed", 1)
+    refused = python("train.py", *arguments, "--kl_coef", 0.3, "--seed", 1)
     assert refused.returncode == 1 and "run holds a run with other settings: " in refused.stderr
-    assert "--clip was 0.2, now 0.3" in refused.stderr and "--seed was 0, now 1" in refused.stderr
-    done = python("train.py", *arguments, "--resume", "--hang_timeout", 200)
+    assert "--kl_coef was 0.0001, now 0.3" in refused.stderr and "--seed was 0, now 1" in refused.stderr
+    done = python("train.py", *arguments, "--hang_timeout", 200)
     assert done.returncode == 0, done.stderr
     assert "resumes after iteration 2" in done.stderr + done.stdout
     assert "--hang_timeout was 90.0, now 200.0" in done.stderr + done.stdout
@@ -230,8 +225,7 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     for name in ("2", "3"):
         AutoModelForCausalLM.from_pretrained(checkpoints / name)
         assert (checkpoints / name / "state" / "critic" / ".metadata").is_file()
-    assert list((tmp_path / "run").glob("events.out.tfevents*"))
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["clip"] == 0.2
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["kl_coef"] == 0.0001
     assert all(abs(line["explained_variance"]) < 10 and line["value_loss"] >= 0 for line in lines)
 
     # the analysis of values, on that run's policy and critic
@@ -374,7 +368,11 @@ BAD_INPUT = [  # arguments, ranks, what the message says
         1,
         "--K does nothing with --algorithm grpo: it belongs to vineppo",
     ),
-    ("--model {model} --gamma 0.9", 1, "--gamma does nothing with --algorithm vineppo: it belongs to ppo"),
+    (
+        "--model {model} --critic_learning_rate 0.9",
+        1,
+        "--critic_learning_rate does nothing with --algorithm vineppo: it belongs to ppo",
+    ),
     (
         "--model {model} --algorithm ppo --gae_lambda 2",
         1,
@@ -394,7 +392,6 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--model {model} --temperature 0", 1, "--temperature 0.0 must be above 0"),
     ("--model {model} --iterations 0", 1, "--iterations 0 must be at least 1"),
     ("--model {model} --iterations 5 --eval_only", 1, "--eval_only trains nothing: leave out --iterations"),
-    ("--model {model} --eval_only --resume", 1, "--eval_only and --resume exclude each other"),
     (
         "--model {model} --max_tokens 200",
         1,
@@ -415,10 +412,8 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     ("--model {model} --temperature 0.005", 1, "--temperature 0.005 must be at least 0.01"),
     ("--model {model} --eval_temperature 0.005", 1, "--eval_temperature 0.005 must be 0 or at least 0.01"),
     ("--model {model} --eval_every -1", 1, "--eval_every -1 must be at least 0"),
-    ("--model {model} --resume", 1, "holds no checkpoint"),
     ("--model {model} --prompt_template x", 1, "has no {problem} in it"),
     ("--model {model} --chat", 1, "--chat: the tokenizer of"),
-    ("--model {model} --report_to wandb", 1, "--report_to wandb: the package is not installed"),
 ]
 
 
@@ -429,8 +424,6 @@ def test_bad_input_gets_one_line_before_anything_loads(
     monkeypatch.setattr(
         "huggingface_hub.constants.HF_HUB_OFFLINE", True
     )  # else it tries a network that may not be there for 20 s
-    if "wandb" in arguments:
-        monkeypatch.setitem(sys.modules, "wandb", None)
     row = '{"problem": "p", "answer": "1"}\n'
     files = dict(
         empty="",

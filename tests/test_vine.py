@@ -1,6 +1,5 @@
 """The estimator against a task whose values are known exactly."""
 
-import copy
 import itertools
 import math
 import random
@@ -67,27 +66,28 @@ def test_advantages_are_unbiased_for_the_true_ones_and_telescope():
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
-def test_states_beyond_the_cap_have_no_advantage_and_the_junction_carries_the_difference(reward):
-    advantages = vine.step_advantages([0.25, 0.5, None, None], reward)
-    assert advantages == [0.25, reward - 0.5, 0.0, 0.0]
+def test_steps_beyond_the_cap_have_no_advantage_and_the_junction_carries_the_difference(reward):
+    advantages = vine.step_advantages([0.25, 0.5], reward)  # of four steps, the first two states are valued
+    assert vine.token_advantages([0, 1, 3, 4, 6], advantages) == [0.25] + [reward - 0.5] * 2 + [0.0] * 3
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(0, 6), st.sampled_from([0.0, 1.0]))
-def test_without_averages_the_advantages_are_the_papers_to_the_last_digit(values, cap, reward):
-    values = [v if t < cap else None for t, v in enumerate(values)]
-    filled = [reward if v is None else v for v in values] + [reward]
-    paper = [after - before for before, after in zip(filled, filled[1:])]
+@given(st.lists(st.floats(0, 1), max_size=6), st.floats(-2, 2))
+def test_without_averages_the_advantages_are_the_papers_to_the_last_digit(values, reward):
+    paper = [after - before for before, after in zip(values, [*values, reward][1:])]
     assert vine.step_advantages(values, reward) == paper
-    assert vine.step_advantages(values, reward, 0.0, 0.0, values) == paper
+    assert vine.averaged_advantages(values, reward) == (
+        paper,
+        [*values, reward][1:] if values else [],
+        values,
+    )
 
 
 def test_targets_and_baselines_are_averages_of_what_comes_after_and_before():
     values, lam, m = [0.5, 0.25, 0.75], 0.5, 0.25
-    targets, baselines = vine.targets_and_baselines(values, 1.0, lam, m)
+    advantages, targets, baselines = vine.averaged_advantages(values, 1.0, lam, m)
     assert targets == [0.5 * 0.25 + 0.25 * 0.75 + 0.25 * 1.0, 0.5 * 0.75 + 0.5, 1.0]
     assert baselines == [0.5, 0.75 * 0.25 + 0.25 * 0.5, 0.75 * 0.75 + 0.25 * (0.75 * 0.25 + 0.25 * 0.5)]
-    targets, baselines = vine.targets_and_baselines([0.5, 0.25, None, None], 1.0, lam, m)
-    assert targets[1:] == [1.0] * 3 and baselines[2:] == [1.0, 1.0]  # no advantage beyond the cap
+    assert advantages == [g - b for g, b in zip(targets, baselines)]
 
 
 # A smaller coin task, of which every outcome is counted: three flips, rewarded when two or more are 1.
@@ -100,33 +100,24 @@ def outcomes(flips):
         yield list(found), math.prod(P if flip else 1 - P for flip in found)
 
 
-def expected_gradient(n, settings, spoil=False):
-    """The mean over everything that can happen of sum_t A_t d log pi(flip t), for n responses with a
-    rollout (K = 1) from each of their states. spoil: a response's own reward counts in its baselines.
+def expected_gradient(settings):
+    """The mean over everything that can happen of sum_t A_t d log pi(flip t), for a response with a rollout
+    (K = 1) from each of its states.
     """
-    s = SimpleNamespace(max_valued_steps=None, **settings)
     total = mass = 0.0
-    for responses in itertools.product(outcomes(3), repeat=n):
-        estimator = vine.Vine(SimpleNamespace(leads=True, number=0), None, s)
-        episodes = [Episode([9], response_ids=ids, boundaries=[0, 1, 2, 3]) for ids, _ in responses]
-        for e in episodes:
-            e.reward = float(sum(e.response_ids) >= 2)
-            e.states = vine.states_of(e, estimator.known, s.cap)
-        states = list(estimator.known.values())
+    for response, p_response in outcomes(3):
+        estimator = vine.Vine(None, None, SimpleNamespace(**settings))
+        e = Episode([9], response_ids=response, boundaries=[0, 1, 2, 3], reward=float(sum(response) >= 2))
+        states = vine.states_of(e, estimator.known, settings["cap"])
         for rollouts in itertools.product(*(outcomes(3 - len(state.prefix_ids)) for state in states)):
             estimator.known = dict(enumerate(states))
             for state, (ids, _) in zip(states, rollouts):
                 right = float(sum(state.prefix_ids + ids) >= 2)
                 state.rollouts = [Completion(ids, "", True, None, reward=right)]
-            for e in episodes:
-                for state in filter(None, e.states):
-                    estimator.passing[state].append(copy.copy(e) if spoil else e)
-            estimator.set_advantages(episodes)
-            weight = math.prod(p for _, p in (*responses, *rollouts))
+            estimator.set_advantages([e])
+            weight = p_response * math.prod(p for _, p in rollouts)
             mass += weight
-            for e in episodes:
-                terms = (a * (flip - P) for a, flip in zip(e.advantages, e.response_ids))
-                total += weight * sum(terms) / n
+            total += weight * sum(a * (flip - P) for a, flip in zip(e.advantages, response, strict=True))
     assert mass == pytest.approx(1)
     return total
 
@@ -141,21 +132,10 @@ SETTINGS = [(lam, m) for lam in (0.0, 0.5, 1.0) for m in (0.0, 0.5, 1.0)]
 
 @pytest.mark.parametrize("cap", [None, 2])
 @pytest.mark.parametrize("lam, m", SETTINGS)
-def test_the_gradient_is_unbiased_whatever_is_averaged(lam, m, cap, monkeypatch):
-    monkeypatch.setattr(vine, "gather_lists", list)
-    settings = dict(gae_lambda=lam, baseline_smoothing=m, share_responses=False, cap=cap)
+def test_the_gradient_is_unbiased_whatever_is_averaged(lam, m, cap):
+    settings = dict(gae_lambda=lam, baseline_smoothing=m, cap=cap)
     assert true_gradient() == pytest.approx(6 * P * (1 - P) * P * (1 - P))  # P(1-P) d/dP of 3P^2 - 2P^3
-    assert expected_gradient(1, settings) == pytest.approx(true_gradient(cap or 3), rel=1e-9)
-
-
-@pytest.mark.parametrize("lam, m", [(0.0, 0.0), (0.5, 0.5)])
-def test_other_responses_as_rollouts_leave_the_gradient_unbiased_and_the_own_one_would_not(
-    lam, m, monkeypatch
-):
-    monkeypatch.setattr(vine, "gather_lists", list)
-    settings = dict(gae_lambda=lam, baseline_smoothing=m, share_responses=True, cap=None)
-    assert expected_gradient(2, settings) == pytest.approx(true_gradient(), rel=1e-9)
-    assert expected_gradient(1, settings, spoil=True) < 0.9 * true_gradient()
+    assert expected_gradient(settings) == pytest.approx(true_gradient(cap or 3), rel=1e-9)
 
 
 def test_each_distinct_state_is_estimated_once():
@@ -165,20 +145,17 @@ def test_each_distinct_state_is_estimated_once():
         Episode([1, 3], response_ids=[5, 6, 7], boundaries=[0, 2, 3]),
     ]
     known = {}
-    states = [vine.states_of(e, known) for e in episodes]
-    assert [state.number for state in known.values()] == list(range(5))
+    new = [vine.states_of(e, known) for e in episodes]
+    assert [len(found) for found in new] == [3, 0, 2] and sum(new, []) == list(known.values())
+    states = [e.states for e in episodes]
     assert states[0][:2] == states[1]  # the prompt and the shared first step
-    assert [state.tokens_left for state in states[0]] == [
-        4,
-        2,
-        1,
-    ]  # tokens behind each in the response that had it first
+    # tokens behind each in the response that had it first
+    assert [state.tokens_left for state in states[0]] == [4, 2, 1]
     for e, row in zip(episodes, states):
         for state, cut in zip(row, e.boundaries[:-1], strict=True):
             assert (state.prompt_ids, state.prefix_ids) == (e.prompt_ids, e.response_ids[:cut])
     for e in episodes:
-        first, *others = vine.states_of(e, {}, max_steps=1)
-        assert first.prefix_ids == [] and others == [None] * (len(e.boundaries) - 2)
+        assert vine.states_of(e, {}, max_steps=1) == e.states and [s.prefix_ids for s in e.states] == [[]]
 
 
 def test_states_of_one_problem_with_two_gold_answers_are_two():
