@@ -52,7 +52,7 @@ class Grader:
             self.cache = {pair: self.cache[pair] for pair in pairs if pair in self.cache}
         new = {pair for pair in pairs if pair in self._started}
         results = {pair: self._started.pop(pair).result() for pair in new}
-        known = self.cache | results
+        verdicts = self.cache | results
         for pair, right in results.items():
             # one that was given up gets another chance
             if right is not None and len(pair[0]) <= MAX_LENGTH:
@@ -62,7 +62,7 @@ class Grader:
         self.counts["cached"] += len(pairs) - missing - len(new)
         self.counts["timed_out"] += sum(right is None for right in results.values())
         self.counts["no_answer"] += missing
-        return [bool(known.get(pair)) for pair in pairs]
+        return [bool(verdicts.get(pair)) for pair in pairs]
 
     def _start(self, texts, golds):
         """Begin to grade in the background. Returns the pairs (final answer, gold answer)."""

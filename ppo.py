@@ -94,10 +94,10 @@ class Trainer:
         for step in learner.steps(episodes, batches):
             for m in step.micro_batches():  # packed, the same number on every rank
                 logprobs = self.policy(m, s.temperature)  # [N of m]
-                known = old_logprobs[m.tokens], ref_logprobs[m.tokens], advantages[m.tokens]
                 loss, metrics = ppo_loss(
-                    logprobs, *known, step.num_responses, step.num_tokens, kl_coef=s.kl_coef
-                )
+                    logprobs, old_logprobs[m.tokens], ref_logprobs[m.tokens], advantages[m.tokens],
+                    step.num_responses, step.num_tokens, kl_coef=s.kl_coef,
+                )  # fmt: skip
                 step.backward(loss, metrics)
         return scores | learner.means() | {"gradient_steps": learner.step}
 

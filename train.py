@@ -207,8 +207,11 @@ def main():
         check(s, int(os.environ.get("WORLD_SIZE", 1)))
         run = None if s.eval_only else Run(s)
         if run and run.has_ended():
-            done = f"{run.folder} is finished: its model is {run.folder / 'model'}"
-            return print(f"{done}; name another --run_dir for a new run") if first else None
+            if first:
+                print(
+                    f"{run.folder} is finished, its model is in model/: name another --run_dir for a new run"
+                )
+            return
         splits = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = load_tokenizer(s)
         problems, test_problems = data.encode_splits(splits, tokenizer, s, print if first else None)

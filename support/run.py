@@ -39,11 +39,11 @@ class Run:
         """
         self.done, self.checkpoint = run_folder.newest_checkpoint(self.folder)
         self.changed = []
-        known = (self.checkpoint / "state" if self.checkpoint else self.folder) / "settings.json"
-        if not known.exists():
+        stored = (self.checkpoint / "state" if self.checkpoint else self.folder) / "settings.json"
+        if not stored.exists():
             self.done, self.checkpoint = 0, None
             return
-        before, now = run_folder.read_json(known), asdict(self.s)
+        before, now = run_folder.read_json(stored), asdict(self.s)
         changed = [name for name, value in now.items() if name in before and before[name] != value]
         changed = {name: f"--{name} was {before[name]}, now {now[name]}" for name in changed}
         refused = [words for name, words in changed.items() if name not in may_change(self.s)]

@@ -71,10 +71,14 @@ def check_ranges(settings):
         value, low, above, high = getattr(settings, f.name), *(f.metadata[k] for k in ("min", "above", "max"))
         if value is None or low is above is high is None:
             continue
-        fits = (low is None or value >= low) and (above is None or value > above)
         lower = f"at least {low}" if low is not None else f"above {above}"
         upper = "" if high is None else f" and at most {high}"
-        require(fits and (high is None or value <= high), f"--{f.name} {value} must be {lower}{upper}")
+        fits = (
+            (low is None or value >= low)
+            and (above is None or value > above)
+            and (high is None or value <= high)
+        )
+        require(fits, f"--{f.name} {value} must be {lower}{upper}")
 
 
 def may_change(settings):

@@ -185,7 +185,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path, tiny_model):
     assert comparable(tmp_path / "alone")[:3] == expected[:3]
     # once more: it is finished
     again = python("train.py", *arguments, "--run_dir", tmp_path / "alone")
-    assert again.returncode == 0 and "alone is finished: its model is" in again.stdout
+    assert again.returncode == 0 and "alone is finished, its model is in model/" in again.stdout
 
 
 def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
@@ -381,7 +381,7 @@ BAD_INPUT = [  # arguments, ranks, what the message says
     (
         "--model {model} --algorithm rloo --responses_per_prompt 1",
         1,
-        "--responses_per_prompt 1 must be at least 2, to compare them",
+        "compares responses: --responses_per_prompt 1 must be at least 2",
     ),
     (
         "--model {model} --step_credit line",
