@@ -19,7 +19,10 @@ def lines_of(run, follow=False, seconds=5.0):
     position = 0
     while True:
         ended = not follow or (run / "model").exists()
-        text = (run / "metrics.jsonl").read_bytes()[position:]
+        content = (run / "metrics.jsonl").read_bytes()
+        if len(content) < position:
+            sys.exit("report.py: the run was resumed from an earlier checkpoint: start report.py again")
+        text = content[position:]
         whole = text[: text.rfind(b"\n") + 1]  # the last line can still be half written
         position += len(whole)
         yield from map(json.loads, whole.splitlines())
