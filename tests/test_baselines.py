@@ -22,7 +22,7 @@ from episode import Episode
 from grader import Grader
 from learner import micro_batch
 from model import full_tensors, load_sharded
-from ppo import Trainer
+from ppo import Trainer, whiten
 from rollout import episodes_for, sample
 from support.ranks import exit_all, init_distributed
 from vine import Vine
@@ -42,6 +42,15 @@ def test_group_advantages():
     ]
     groups.Group(groups.rloo, 2).set_advantages(episodes)
     assert [e.advantages for e in episodes] == [[1.0] * 2, [-1.0] * 3, [0.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize("reward", [0.9, 0.3, 1.2])
+def test_equal_rewards_that_are_no_whole_numbers_give_no_advantage(reward):
+    """Rounding must not be scaled up: a standard deviation of 1e-8 is none."""
+    rewards = [reward] * 8
+    assert groups.grpo(rewards) == [0.0] * 8 and groups.rloo(rewards) == pytest.approx([0.0] * 8, abs=1e-15)
+    assert whiten(torch.tensor(rewards)).abs().max() < 1e-6
+    assert whiten(torch.tensor(groups.rloo(rewards))).abs().max() < 1e-6
 
 
 def test_rloo_is_the_unbiased_policy_gradient():
