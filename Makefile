@@ -39,8 +39,8 @@ demo: install
 	@echo "2 of 3: train it with VinePPO: sample responses, value their steps by rollouts, update (about 3 minutes)"
 	@$(TORCHRUN) train.py --dataset arithmetic --model runs/sft --run_dir runs/demo
 	@echo "3 of 3: draw the curve, and the solutions with the credit of their steps"
-	@$(VENV)/bin/python experiments/plot.py runs/demo
-	@$(VENV)/bin/python experiments/show.py runs/demo
+	@$(VENV)/bin/python tools/plot.py runs/demo
+	@$(VENV)/bin/python tools/show.py runs/demo
 	@echo "Open runs/demo/show.html in a browser: where did wrong solutions go wrong?"
 	@echo "Your own problems: $(VENV)/bin/python train.py --dataset mine.jsonl --model MODEL --chat (docs/recipes.md)"
 

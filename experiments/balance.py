@@ -1,35 +1,37 @@
-"""How long ranks wait for each other while values are sampled, with and without vine.even_out.
+"""How long do ranks wait for each other while values are sampled, with and without dealing.even_out?
 
     python experiments/balance.py                               # MATH's solutions from the hub
-    python experiments/balance.py --dataset FILE_OR_FOLDER      # or other problems with solutions
+    python experiments/balance.py --dataset FILE_OR_FOLDER      # other problems with solutions
     python experiments/balance.py --run RUN                     # the lengths that a run has stored
 
-A simulation, since the real thing takes 8 GPUs. Each rank draws its share of 64 problems and gets 8
-responses to each, as long as the solution in the dataset times a log-normal factor (mean 1, sigma
-0.35). From each state it gets 9 rollouts, as long as what the response has after the state times
-another such factor; the prompt is a state once for its 8 responses. With --run the groups of responses
-that train.py stored are drawn, with the lengths of their steps and of their rollouts. An engine adds a token to each
-of its sequences in a step, which takes as long as the estimate in docs/speed.md says. The seconds are as
-good as these assumptions. Left out are prefill (also that of a state whose prefix another rank has
-in its cache) and that a rollout may only use what its prefix leaves of the limit.
+This is a simulation, since the real thing takes 8 GPUs. Each rank draws its share of 64 problems and
+gets 8 responses to each. The length of a response is that of the dataset's solution times a log-normal
+factor (mean 1, sigma 0.35). Each state gets 9 rollouts; the length of a rollout is the length of the
+response after the state times another such factor. The prompt is one state for its 8 responses. With
+--run the program draws groups of responses that train.py stored, with the lengths of their steps and
+rollouts. In a step an engine adds a token to each of its sequences; docs/speed.md estimates how long a
+step takes. The seconds are as good as these assumptions. Two things are left out: prefill (also that of a
+state whose prefix is in the cache of another rank), and the limit of a rollout, which may only use the
+tokens that its prefix leaves.
 """
 
-import argparse
 import math
 import random
 import statistics
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
+from dealing import even_out
 from episode import State
+from experiments import common
 from steps import split_steps
 from support.run_folder import read_solutions
-from vine import even_out
 
 PROBLEMS, RESPONSES, K, LIMIT = 64, 8, 9, 1024  # the paper's; LIMIT: tokens of a response
 MEAN, PROMPT = 227, 85  # tokens of a MATH solution and prompt
@@ -41,9 +43,9 @@ MODELS = {  # bytes of the weights, of the KV cache per token; sequences that fi
 
 
 def step_seconds(model, sequences):
-    """The longer of two: what host and sampler take (a guess), and reading weights and KV cache.
+    """The longer of two times: of host and sampler (a guess), and of reading weights and KV cache.
 
-    The latter at 60 % of 3.35 TB/s.
+    They are read at 60 % of 3.35 TB/s.
     """
     weights, kv, _ = MODELS[model]
     return max(0.020, (weights + sequences * (PROMPT + 0.7 * MEAN) * kv) / (0.6 * 3.35e12))
@@ -55,20 +57,20 @@ def varied(length, rng):
 
 @dataclass(eq=False)
 class Valued(State):
-    lengths: list[int] = field(default_factory=list)  # of its rollouts, where a run has stored them
+    lengths: list[int] = field(default_factory=list)  # of its rollouts, if a run has stored them
 
 
 @dataclass
 class Sequence:
-    """A response or a rollout that an engine writes."""
+    """A response or a rollout that an engine generates."""
 
     to_go: int  # tokens until it ends
-    state: State | None = None  # a rollout's
-    states: list[State] | None = None  # a response's, which begin to wait when it ends
+    state: State | None = None  # of a rollout
+    states: list[State] | None = None  # of a response; they begin to wait when it ends
 
 
 class Rank:
-    """One engine, and the states that wait for it. Of a State it uses only `tokens_left`."""
+    """One engine, and the states that wait for it."""
 
     def __init__(self, model, rng):
         self.model, self.rng, self.seconds, self.tokens = model, rng, 0.0, 0
@@ -83,7 +85,7 @@ class Rank:
             self.queue.extend(Sequence(length, state) for length in lengths)
 
     def step(self):
-        """One step of the engine: the sequences that end with it."""
+        """Do one step of the engine. Returns the sequences that end with it."""
         while self.queue and len(self.running) < MODELS[self.model][2]:
             self.running.append(self.queue.popleft())
         self.seconds += step_seconds(self.model, len(self.running))
@@ -95,7 +97,7 @@ class Rank:
         return ended
 
     def sample(self, responses):
-        """Until all the responses (Sequences) have ended. Rollouts from their states begin as each ends."""
+        """Step until all the responses (Sequences) have ended. Rollouts begin as soon as a response ends."""
         self.queue.extend(responses)
         missing = len(responses)
         while missing:
@@ -106,30 +108,30 @@ class Rank:
             self.submit()
 
     def under_way(self):
-        """The cost of what has begun, in the unit of State.tokens_left."""
+        """The cost of the rollouts that have begun, in the unit of State.tokens_left."""
         return sum(state.tokens_left for state in {s.state for s in [*self.running, *self.queue]})
 
     def finish(self):
-        """Until all rollouts have ended."""
+        """Step until all rollouts have ended."""
         while self.waiting or self.queue or self.running:
             self.submit()
             self.step()
 
 
 def responses_of(solutions, problems, rng):
-    """The responses of one rank, as Sequences. solutions: the boundaries of their steps, in tokens."""
+    """The responses of one rank, as Sequences. solutions: for each the boundaries of its steps, in tokens."""
     for cuts in rng.choices(solutions, k=problems):
         for i in range(RESPONSES):
             length, states = varied(cuts[-1], rng), []
             for cut in cuts[:-1]:
                 tokens_left = max(1, round(length * (1 - cut / cuts[-1])))
                 states.append(Valued([], [], tokens_left=tokens_left))
-            yield Sequence(length, states=states[i > 0 :])  # the prompt is a state of the first alone
+            yield Sequence(length, states=states[i > 0 :])  # only the first brings the prompt's state
 
 
 def stored_groups(solutions):
-    """The responses of each prompt of a run's stored solutions: lists of (tokens of the steps, lengths of
-    the rollouts from each state that was valued, [] where it is that of a response before).
+    """The responses to each prompt of a run's stored solutions: lists of (tokens of each step, lengths of the
+    rollouts from each state; [] for a state that an earlier response has, too).
     """
     groups, valued = {}, set()
     for solution in solutions:
@@ -158,9 +160,9 @@ def stored_responses(groups, problems, rng):
 
 
 def iteration(model, draw, evened, ranks, seed):
-    """(seconds until the last rank has ended, mean share of them that a rank waits, tokens)
+    """(seconds until the last rank has ended, mean share of them that a rank waits, tokens).
 
-    draw: (number of problems, Random) -> the responses of one rank, as Sequences.
+    draw(number of problems, Random) gives the responses of one rank, as Sequences.
     """
     rng = random.Random(seed)
     engines = [Rank(model, rng) for _ in range(ranks)]
@@ -170,9 +172,10 @@ def iteration(model, draw, evened, ranks, seed):
     if evened:
         met = max(e.seconds for e in engines)
         waited = sum(met - e.seconds for e in engines)
-        loads = [e.under_way() for e in engines]
-        for e, waiting in zip(engines, even_out(loads, [e.waiting for e in engines])):
-            e.seconds, e.waiting = met, deque(waiting)
+        loads, queues = [e.under_way() for e in engines], [list(e.waiting) for e in engines]
+        sizes = [[state.tokens_left for state in queue] for queue in queues]
+        for e, dealt in zip(engines, even_out(loads, sizes)):
+            e.seconds, e.waiting = met, deque(queues[owner][i] for owner, i in dealt)
     for engine in engines:
         engine.finish()
     total = max(e.seconds for e in engines)
@@ -181,34 +184,35 @@ def iteration(model, draw, evened, ranks, seed):
 
 
 def from_dataset(dataset):
-    """`draw` of iteration, from the solutions of a dataset."""
+    """draw of iteration, from the solutions of a dataset. Raises ValueError if it has none."""
     texts = [p.solution for p in data.load(dataset, None, False)[0] if p.solution]
     if not texts:
         raise ValueError(f"--dataset {dataset} has no solutions")
     scale = MEAN / statistics.mean(map(len, texts))
     solutions = [[cut * scale for cut in split_steps(text)] for text in texts]
-    return lambda problems, rng: responses_of(solutions, problems, rng)
+    return partial(responses_of, solutions)
 
 
 def from_run(run):
-    """`draw` of iteration, from what a run has stored last."""
+    """draw of iteration, from the last iteration that a run has stored. Raises ValueError if there is none."""
     stored = sorted((run / "episodes").glob("*.jsonl.gz"))
     if not stored:
-        raise ValueError(f"--run {run} has stored no iteration (--store_every)")
+        raise ValueError(f"--run {run} has stored no iteration: train it with --store_every above 0")
     groups = stored_groups(read_solutions(stored[-1]))
-    return lambda problems, rng: stored_responses(groups, problems, rng)
+    return partial(stored_responses, groups)
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--dataset", default="math", help="as train.py's")
+    parser = common.parser(__doc__)
+    parser.add_argument("--dataset", default="math", help="problems with solutions, as for train.py")
     parser.add_argument("--run", type=Path, help="a run folder of train.py; its newest stored iteration")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=10)
     a = parser.parse_args()
     if a.iterations < 2 or a.ranks < 1 or PROBLEMS % a.ranks:
-        sys.exit(f"balance.py: --iterations must be at least 2, --ranks a divisor of {PROBLEMS}")
+        sys.exit(
+            f"balance.py: --iterations {a.iterations} must be at least 2, and --ranks {a.ranks} a divisor of {PROBLEMS}"
+        )
     try:
         draw = from_run(a.run) if a.run else from_dataset(a.dataset)
     except (ValueError, OSError) as error:
@@ -217,14 +221,11 @@ def main():
         for evened in (False, True):
             found = [iteration(model, draw, evened, a.ranks, seed) for seed in range(a.iterations)]
             times, idle, tokens = zip(*found)
-            error = statistics.stdev(times) / len(times) ** 0.5
             how = "evened out" if evened else "its own states"
-            took = f"{statistics.mean(times):6.1f} ± {error:.1f} s"
+            took = common.plus_minus(*common.mean_and_error(times), 1)
             waits = f"a rank waits {statistics.mean(idle):.2f} of it"
-            print(
-                f"{model:16} {how:15} {took}   {waits}   {statistics.mean(tokens) / 1e6:.2f}M tokens",
-                flush=True,
-            )
+            millions = statistics.mean(tokens) / 1e6
+            print(f"{model:16} {how:15} {took:>12} s   {waits}   {millions:.2f}M tokens", flush=True)
 
 
 if __name__ == "__main__":

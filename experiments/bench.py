@@ -28,9 +28,8 @@ from pathlib import Path
 
 # freed memory leaves the process at once, so that its peak shows
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import support.startup  # noqa: F401 (before torch is imported)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments import common
 
 # isort: split
 import torch
@@ -43,9 +42,9 @@ from model import ChunkedLogprobs, compute_dtype, full_tensors, load_sharded
 from ppo import Trainer
 from support.pretrained import load_tokenizer
 from support.ranks import gather_lists, init_distributed
+from tasks.tiny_model import write_model
 from vine import Vine
 
-RESULTS = ROOT / "experiments" / "results"
 ON_GPU = torch.cuda.is_available()
 KEPT = dict(checkpoint_activations=False)  # as in naive.py
 
@@ -96,27 +95,15 @@ def row(what, value, unit="", aim="", note=""):
 
 
 def tiny_model(folder, vocab_size=4096, **changes):
-    """A random Llama whose tokens are letters, but one in 128 of them a "!", the stop string.
+    """A random Llama whose tokens are letters, except that one in 128 is a "!", the stop string.
 
     So most texts end early, and a few at the limit.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special, enders = ["<pad>", "<eos>"], [f"!{i}" for i in range(vocab_size // 128)]
-    count = min(30_000, vocab_size - len(special) - len(enders))
+    enders = [f"!{i}" for i in range(vocab_size // 128)]
+    count = vocab_size - len(enders) - 3  # <pad>, <bos> and <eos> come first
     letters = [chr((0x4E00 if i < 20_000 else 0xAC00 - 20_000) + i) for i in range(count)]
-    vocabulary = {token: i for i, token in enumerate([*special, *enders, *letters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    whole.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = dict(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=2048, bos_token_id=None, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(sizes | changes))).save_pretrained(folder)
+    sizes = dict(num_hidden_layers=2, max_position_embeddings=2048) | changes
+    write_model(folder, 0, [*enders, *letters], r"[\s\S]", **sizes)
     return folder
 
 
@@ -587,8 +574,7 @@ def measure(name, a):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = common.parser(__doc__)
     add, parts = parser.add_argument, f"of {', '.join(PARTS)}"
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=parts)
     add("--model", help="Hugging Face folder or hub name; default: a tiny random one, made anew")
@@ -608,7 +594,7 @@ def main():
         print("\n" + json.dumps(rows), flush=True)
         os._exit(0)  # without the engine's exit hooks
     device = torch.cuda.get_device_name() if ON_GPU else f"{len(os.sched_getaffinity(0))} CPU cores"
-    out = a.out or RESULTS / f"bench-{'gpu' if ON_GPU else 'cpu'}.json"
+    out = a.out or common.RESULTS / f"bench-{'gpu' if ON_GPU else 'cpu'}.json"
     found = json.loads(out.read_text()) if out.exists() else {}
     for name in a.only:
         print(f"\n{name}: {' '.join(PARTS[name].__doc__.split())}", flush=True)

@@ -1,34 +1,34 @@
 """VinePPO, PPO, GRPO, RLOO, RestEM and DPO+ compared on a built-in task, from one SFT policy.
 
-    python experiments/compare.py arithmetic run      # every run without a result, one process a core
+    python experiments/compare.py arithmetic run      # every run without a result, one process per core
     python experiments/compare.py arithmetic run --only 'rloo.*'
     python experiments/compare.py arithmetic draw     # pictures and tables, from the results alone
-    python experiments/compare.py arithmetic again NAME       # a run once more, for its checkpoints
+    python experiments/compare.py arithmetic again NAME       # repeats a run, for its checkpoints
 
-`make compare` does the first and the second, after sft.py. `run` may be stopped and started at any
-time. `again` writes runs/compare/TASK/NAME and leaves the run's result as it is. A finished run leaves
-experiments/results/TASK/NAME.json: its curve, command, settings, and the commit that made it. A
-result counts only as long as its command is the planned one.
+`make compare` does the first and the third, after sft.py. `run` may be stopped and started at any time.
+`again` writes runs/compare/TASK/NAME and leaves the results as they are. A finished run adds a line to
+experiments/results/TASK.jsonl: its name, its command, hashes of the SFT policy and of the commit, and its
+curve. A result counts only as long as its command is the planned one.
 
 First comes a search for each method's learning rate, on two seeds of its own: three values of LADDER,
-and its next ones for as long as the best of them is at an edge. Then come the seeds that count.
+and the next ones as long as the best value is at an edge. Then come the seeds that count.
 
-All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8
-responses with them, 40 times (30 on the worded task), and differ in the advantages and the learning rate. The
-controls, named by their responses per iteration, have more of them for the same number of optimizer
-steps. On arithmetic, 32 responses cost about the seconds of K = 2 averaged, 96 those of K = 9, and 256
-the tokens of K = 9; on the worded task 48 cost less than K = 2 averaged, and 288 a tenth more than
-the seconds of K = 9. "whitened" and "mask" are controls too. Sampling is at temperature 1.
-So is evaluation, on all 500 held-out problems twice, in the search as well.
+All RL methods draw 16 responses per iteration (4 problems x 4), make 4 optimizer steps of 8 responses
+with them, and do so 40 times (30 times on the worded task). They differ in the advantages and the
+learning rate. The controls that are named by their responses per iteration draw more of them for the same
+number of optimizer steps. On arithmetic, 32 responses cost about the seconds of K = 2 averaged, 96 the
+seconds of K = 9, and 256 the tokens of K = 9. On the worded task 48 responses cost less than K = 2
+averaged, and 288 cost a tenth more than the seconds of K = 9. Another control is RLOO with whitened
+advantages. The masked methods used an option that train.py no longer has: their results stay, and they
+are not run again. Sampling is at temperature 1. So are the evaluations, in the search as well, on all 500
+held-out problems twice.
 """
 
 import hashlib
-import importlib
-import json
-import math
 import multiprocessing.connection
 import os
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -37,8 +37,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments import common
 
+ROOT = common.ROOT
 LADDER = ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3", "5e-3")  # learning rates
 FIRST = range(3, 6)  # of the ladder, searched for every method
 SEARCH_SEEDS = (100, 101)
@@ -48,7 +50,9 @@ RL = (
     " --save_every 20 --eval_every 10" + EVAL
 )
 RL_30 = RL.replace("--iterations 40", "--iterations 30")  # the worded task's responses are 3.6 times as long
-AVERAGED, MASK = " --gae_lambda 0.5 --baseline_smoothing 0.5", " --mask_above 0.9"
+REMOVED = "--mask_above"  # a former option of train.py
+AVERAGED, MASK = " --gae_lambda 0.5 --baseline_smoothing 0.5", f" {REMOVED} 0.9"
+WHITENED = " --algorithm rloo --whiten True"
 ROUNDS = " --rounds 3 --problems_per_round 256 --responses_per_prompt 4 --batch 32" + EVAL
 
 
@@ -56,11 +60,6 @@ def responses(prompts, each):
     """Options for so many responses per iteration, in as many optimizer steps."""
     count = prompts * each
     return f" --prompts_per_iteration {prompts} --responses_per_prompt {each} --minibatch {count // 2}"
-
-
-def whitened(command):
-    """train.py's command with RLOO, its advantages whitened."""
-    return command.replace("train.py", "experiments/whitened.py") + " --algorithm rloo"
 
 
 METHODS = {  # name: (command, number of seeds)
@@ -81,7 +80,7 @@ METHODS = {  # name: (command, number of seeds)
         "dpo": ("-m baselines.dpo" + ROUNDS, 3),
         "rloo-256": (RL + " --algorithm rloo" + responses(32, 8), 8),
         "ppo-96": (RL + " --algorithm ppo --critic_learning_rate 1e-3" + responses(12, 8), 8),
-        "rloo-whitened": (whitened(RL), 8),
+        "rloo-whitened": (RL + WHITENED, 8),
     },
     "worded": {
         "K2-averaged": (RL_30 + " --K 2" + AVERAGED, 8),
@@ -91,7 +90,7 @@ METHODS = {  # name: (command, number of seeds)
         "rloo-288": (RL_30 + " --algorithm rloo" + responses(36, 8), 8),
         "ppo-critic": (RL_30 + " --algorithm ppo --critic_learning_rate 1e-3", 8),
         "grpo": (RL_30 + " --algorithm grpo", 8),
-        "rloo-whitened": (whitened(RL_30), 8),
+        "rloo-whitened": (RL_30 + WHITENED, 8),
         "K3": (RL_30 + " --K 3", 8),
         "ppo": (RL_30 + " --algorithm ppo", 8),
         "restem": ("-m baselines.restem" + ROUNDS, 3),
@@ -101,18 +100,18 @@ METHODS = {  # name: (command, number of seeds)
 
 
 class Plan:
-    """The comparison on one task: its methods, and the folders of its runs and results."""
+    """The comparison on one task: its methods, the file of its results and the folder of its runs."""
 
     def __init__(self, task):
         self.task, self.methods = task, METHODS[task]
-        self.results = ROOT / "experiments" / "results" / task
+        self.results = common.RESULTS / f"{task}.jsonl"
         self.runs = ROOT / "runs" / "compare" / task
         self.model = self.runs / "sft"
 
     def load_results(self):
         """{name: result} of the finished runs whose command is the one that is planned now."""
-        results = {path.stem: json.loads(path.read_text()) for path in sorted(self.results.glob("*.json"))}
-        while True:  # what a search leads to is planned only as long as its results count
+        results = common.newest(self.results)
+        while True:  # what a search leads to is planned only as long as the search's results count
             commands = self.commands(results)
             kept = {name: r for name, r in results.items() if r["command"] == commands.get(name)}
             if len(kept) == len(results):
@@ -120,7 +119,7 @@ class Plan:
             results = kept
 
     def searched(self, method, results):
-        """{learning rate: its accuracy in the search, mean over the seeds}; None where a run is missing."""
+        """{learning rate: mean accuracy of its search runs}; None where one of them is missing."""
         found, low, high = {}, FIRST[0], FIRST[-1]
 
         def accuracy(i):
@@ -138,12 +137,12 @@ class Plan:
         return {LADDER[i]: found[i] for i in sorted(found)}
 
     def chosen_rate(self, method, results):
-        """The learning rate with the highest accuracy in the search; None while runs of it are missing."""
+        """The learning rate with the highest accuracy in the search; None while the search is not complete."""
         found = self.searched(method, results)
         return None if None in found.values() else max(found, key=found.get)
 
     def commands(self, results):
-        """{name: command} of all runs whose learning rate is known by now, in the order to run them."""
+        """{name: command} of all runs whose learning rate is known by now, in the order in which to run them."""
         runs = {}
         for method, (command, seeds) in self.methods.items():
             for rate in self.searched(method, results):
@@ -156,13 +155,15 @@ class Plan:
         return runs
 
     def missing(self, only):
-        """{name: command} of the planned runs without a result, of the names that `only` is found in."""
-        results = self.load_results()
-        planned = self.commands(results).items()
-        return {name: c for name, c in planned if name not in results and only.search(name)}
+        """{name: command} of the planned runs without a result whose name matches `only`, a compiled expression."""
+        results, found = self.load_results(), {}
+        for name, command in self.commands(results).items():
+            if name not in results and only.search(name) and REMOVED not in command:
+                found[name] = command
+        return found
 
     def arguments_of(self, name):
-        """What is added to the planned command of a run."""
+        """The options that are added to the planned command of a run."""
         model, folder = self.model.relative_to(ROOT), (self.runs / name).relative_to(ROOT)
         return ["--dataset", self.task, "--model", str(model), "--run_dir", str(folder)]
 
@@ -173,21 +174,19 @@ def search_name(method, rate, seed):
 
 def last_accuracy(result):
     """The mean of the last two evaluations."""
-    return statistics.mean(accuracies(result["curve"])[-2:])
+    return statistics.mean(accuracies(result)[-2:])
 
 
-def accuracies(curve):
-    """Of its evaluations, the first before training."""
-    return [line["accuracy"] for line in curve if "accuracy" in line]
+def accuracies(result):
+    """The accuracies of a run's evaluations, the first before training."""
+    return [accuracy for accuracy in result["curve"]["accuracy"] if accuracy is not None]
 
 
 # --- running ---
 
 
 def execute(plan, name, command):
-    """One run, in a process forked from one that has imported torch and vLLM; writes log.txt."""
-    import runpy
-
+    """Do one run, in a process forked from one that has imported torch and vLLM; its output goes to log.txt."""
     folder = plan.runs / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -195,40 +194,37 @@ def execute(plan, name, command):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(ROOT)
-    program, *arguments = command.removeprefix("-m ").split()
-    sys.argv = [program, *arguments, *plan.arguments_of(name)]
-    if program.endswith(".py"):
-        importlib.import_module(program.removesuffix(".py").replace("/", ".")).main()
-    else:
-        runpy.run_module(program, run_name="__main__")
+    program, *options = command.removeprefix("-m ").split()
+    sys.argv = [program, *options, *plan.arguments_of(name)]
+    runpy.run_module(program.removesuffix(".py"), run_name="__main__")
 
 
 def again(plan, name):
-    """A run of the plan as it is now, whatever its result, on one thread like all of them.
-
-    It resumes if it was stopped.
-    """
-    commands = plan.commands(plan.load_results())
+    """Repeat a run of the plan, on one thread as the others. It resumes if it was stopped."""
+    results = plan.load_results()
+    commands, method = plan.commands(results), name.rsplit("-s", 1)[0]
+    if method in plan.methods and not plan.chosen_rate(method, results):
+        sys.exit(
+            f"compare.py: the learning rate of {name} has not been searched yet:"
+            f" first run `python experiments/compare.py {plan.task} run --only search-{method}-lr`"
+        )
     if name not in commands:
-        method = name.rsplit("-s", 1)[0]
-        if method in plan.methods and not plan.chosen_rate(method, plan.load_results()):
-            how = f"`python experiments/compare.py {plan.task} run --only search-{method}-lr` does it"
-            sys.exit(f"compare.py: the learning rate of {name} has not been searched yet: {how}")
         sys.exit(f"compare.py: there is no run {name}: name one of {', '.join(commands)}")
+    if REMOVED in commands[name]:
+        sys.exit(f"compare.py: {name} cannot be repeated: train.py no longer has {REMOVED}")
     command = [sys.executable, *commands[name].split(), *plan.arguments_of(name)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
 
 
 def curve_of(folder):
-    """What the pictures need of a run's metrics: some of each line, with sums up to it.
+    """What the pictures need of a run's metrics: for each line some of its numbers, and sums up to it.
 
-    tokens: generated; value_tokens: of them, for the values; seconds: of training.
+    tokens: generated tokens; value_tokens: those for the values; seconds: seconds of training.
     """
     curve, tokens, value_tokens, seconds = [], 0, 0, 0.0
     names = ("iteration", "gradient_steps", "accuracy", "reward", "kl", "entropy", "explained_variance")
-    for text in (folder / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
+    for line in common.read(folder / "metrics.jsonl"):
         value_tokens += line.get("tokens_values", 0)
         tokens += line.get("tokens_sample", 0) + line.get("tokens_values", 0)
         seconds += sum(line.get(f"seconds_{phase}", 0.0) for phase in ("sample", "values", "train", "sync"))
@@ -239,53 +235,51 @@ def curve_of(folder):
 
 
 def identity_of_start(plan):
-    """A hash of the SFT policy's weights. Exits if it is missing, or results began from another."""
+    """A hash of the SFT policy's weights. Exits if there is no policy, or if results began from another one."""
     weights = plan.model / "model.safetensors"
     if not weights.is_file():
-        advice = f"run `python sft.py --dataset {plan.task} --out {plan.model}` first"
-        sys.exit(f"compare.py: there is no SFT policy in {plan.model}: {advice}")
+        sys.exit(
+            f"compare.py: there is no SFT policy in {plan.model}:"
+            f" first run `python sft.py --dataset {plan.task} --out {plan.model}`"
+        )
     start = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     others = {result["start"] for result in plan.load_results().values()} - {start}
     if others:
-        what = f"began from another SFT policy ({others.pop()}, not {start})"
-        sys.exit(f"compare.py: results in {plan.results} {what}: move that folder away")
+        sys.exit(
+            f"compare.py: results in {plan.results} began from another SFT policy ({others.pop()}, not {start}):"
+            " move that file away"
+        )
     return start
 
 
 def store(plan, name, command, start, commit):
-    """Write the result of a finished run."""
-    settings = json.loads((plan.runs / name / "settings.json").read_text())
-    about = dict(name=name, command=command, start=start, commit=commit, settings=settings)
-    content = json.dumps(about | dict(curve=curve_of(plan.runs / name)))
-    draft = plan.results / f"{name}.unfinished"
-    draft.write_text(content.replace('{"iteration"', '\n{"iteration"') + "\n")
-    draft.rename(plan.results / f"{name}.json")
+    """Add the result of a finished run."""
+    about = dict(name=name, command=command, start=start, commit=commit)
+    common.append(plan.results, about | dict(curve=common.columns_of(curve_of(plan.runs / name))))
 
 
 def stopped(*_):
-    sys.exit("compare.py: stopped; the runs that had ended are kept")
+    sys.exit("compare.py: stopped; the results of the runs that had ended are kept")
 
 
 def run(plan, only):
-    """All runs that are missing, one process per core."""
+    """Do all runs that are missing, one process per core."""
     try:
         only = re.compile(only)
     except re.error as error:
         sys.exit(f"compare.py: --only {only} is no regular expression: {error}")
     if not plan.missing(only):
-        return print(f"nothing to run: every run of that name is in {plan.results}")
+        return print(f"there is nothing to run: every planned run that matches is in {plan.results}")
     start = identity_of_start(plan)
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     variables = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", VLLM_CPU_KVCACHE_SPACE="1")
     for name, value in variables.items():
         os.environ.setdefault(name, value)
-    sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "rollout", "baselines.rounds", "sft"])
     cores = len(os.sched_getaffinity(0))
-    plan.results.mkdir(parents=True, exist_ok=True)
     running, failed = {}, set()  # running: process -> (name, command)
     signal.signal(signal.SIGTERM, stopped)
     while True:
@@ -309,34 +303,32 @@ def run(plan, only):
                 failed.add(name)
                 print(f"{name} failed; see {plan.runs / name / 'log.txt'}", file=sys.stderr, flush=True)
     if failed:
-        sys.exit(f"compare.py: {len(failed)} runs failed; the rest is done")
+        sys.exit(f"compare.py: {len(failed)} runs failed; the others are done")
 
 
 # --- what came out ---
 
-# Student's t, 95 % two-sided, by the number of seeds
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-# Okabe and Ito's colours, which the colour-blind can tell apart; the controls' lines are broken
+# the controls' lines are broken
 STYLE = {
-    "K9": ("VinePPO, K = 9", dict(color="#0072b2")),
-    "K3": ("VinePPO, K = 3", dict(color="#56b4e9")),
-    "K3-averaged": ("VinePPO, K = 3, averaged", dict(color="#56b4e9", linestyle="--")),
-    "K2-averaged": ("VinePPO, K = 2, averaged", dict(color="#cc79a7")),
-    "K2-averaged-mask": ("VinePPO, K = 2, averaged, masked", dict(color="#cc79a7", linestyle="--")),
-    "ppo": ("PPO", dict(color="#e69f00")),
-    "ppo-critic": ("PPO, critic at 1e-3", dict(color="#e69f00", linestyle="-.")),
-    "grpo": ("GRPO", dict(color="#009e73")),
-    "rloo": ("RLOO", dict(color="#d55e00")),
+    "K9": ("VinePPO, K = 9", dict(color=common.BLUE)),
+    "K3": ("VinePPO, K = 3", dict(color=common.SKY)),
+    "K3-averaged": ("VinePPO, K = 3, averaged", dict(color=common.SKY, linestyle="--")),
+    "K2-averaged": ("VinePPO, K = 2, averaged", dict(color=common.PURPLE)),
+    "K2-averaged-mask": ("VinePPO, K = 2, averaged, masked", dict(color=common.PURPLE, linestyle="--")),
+    "ppo": ("PPO", dict(color=common.ORANGE)),
+    "ppo-critic": ("PPO, critic at 1e-3", dict(color=common.ORANGE, linestyle="-.")),
+    "grpo": ("GRPO", dict(color=common.GREEN)),
+    "rloo": ("RLOO", dict(color=common.VERMILION)),
     "rloo-whitened": ("RLOO, whitened", dict(color="#7f3f00")),
-    "rloo-mask": ("RLOO, masked", dict(color="#d55e00", linestyle="-.")),
-    "restem": ("RestEM", dict(color="#000000")),
-    "dpo": ("DPO+", dict(color="#999999")),
+    "rloo-mask": ("RLOO, masked", dict(color=common.VERMILION, linestyle="-.")),
+    "restem": ("RestEM", dict(color=common.BLACK)),
+    "dpo": ("DPO+", dict(color=common.GREY)),
 }
-BROKEN = "--", ":", (0, (1, 3))  # of a method's controls, fewer responses first
+BROKEN = "--", ":", (0, (1, 3))  # line styles of a method's controls, fewer responses first
 
 
 def style_of(plan, method):
-    """(name, style of its line) of a method; a control is named by its responses per iteration."""
+    """(name, style of its line) of a method. A control is named by its responses per iteration."""
     if method in STYLE:
         return STYLE[method]
     base, count = method.rsplit("-", 1)
@@ -346,34 +338,31 @@ def style_of(plan, method):
     return f"{name}, {count} responses", style | dict(linestyle=BROKEN[controls.index(method)])
 
 
-def interval(values):
-    """(mean, half the width of its 95 % t interval; 0 with one value)."""
-    n, half = len(values), 0.0
-    if n > 1:
-        half = T95[n] * statistics.stdev(values) / math.sqrt(n)
-    return statistics.mean(values), half
+def row_name(plan, method, name):
+    """The name of a method's row, marked where its option is gone."""
+    return f"{name} (option since removed)" if REMOVED in plan.methods[method][0] else name
 
 
 def seeds_of(plan, method, results):
-    """The curves of a method's finished runs."""
+    """The results of a method's finished runs."""
     names = [f"{method}-s{seed}" for seed in range(plan.methods[method][1])]
-    return [results[name]["curve"] for name in names if name in results]
+    return [results[name] for name in names if name in results]
 
 
 def evaluations(curves):
-    """The seeds' evaluations together: [{name: mean}], with the half width of accuracy's interval.
+    """The evaluations of several seeds' curves: [{name: mean over the seeds}].
 
-    kl: the mean since the evaluation before. seconds: the iterations done times the median
-    iteration of the fastest seed, since other work on the machine slows some of the runs. train:
-    the mean reward within five iterations of the evaluation, which is the accuracy on the problems
-    drawn there.
+    half: half the width of the accuracy's interval. kl: the mean since the evaluation before. seconds: the
+    iterations done times the median iteration of the fastest seed, since other work on the machine slows
+    some of the runs. train: the mean reward within five iterations of the evaluation, which is the accuracy
+    on the problems drawn there.
     """
     pace = min(map(median_iteration, curves))
     count = min(sum("accuracy" in line for line in curve) for curve in curves)
     points = []
     for number in range(count):
         rows = [evaluation(curve, number) for curve in curves]
-        accuracy, half = interval([row["accuracy"] for row in rows])
+        accuracy, half = common.interval([row["accuracy"] for row in rows])
         names = ("gradient_steps", "tokens", "value_tokens", "train", "kl")
         names = [k for k in names if all(k in row for row in rows)]
         point = {k: statistics.mean(row[k] for row in rows) for k in names}
@@ -382,12 +371,12 @@ def evaluations(curves):
 
 
 def median_iteration(curve):
-    """Seconds."""
+    """Seconds of a curve's median iteration."""
     return statistics.median(after["seconds"] - before["seconds"] for before, after in zip(curve, curve[1:]))
 
 
 def evaluation(curve, number):
-    """The line of one seed's evaluation, with train and kl as evaluations explains them."""
+    """The line of one evaluation of a curve, with train and kl as `evaluations` explains them."""
     places = [i for i, line in enumerate(curve) if "accuracy" in line]
     line = curve[places[number]]
     since = curve[places[number - 1] + 1 : places[number] + 1] if number else []
@@ -428,7 +417,7 @@ def draw_costs(plt, plan, methods):
     axes[0].set_ylabel("held-out accuracy at temperature 1")
     labels = axes[0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(plan.results.parent / f"{plan.task}.png", dpi=110)
+    figure.savefig(plan.results.with_suffix(".png"), dpi=110)
 
 
 def draw_more(plt, plan, methods):
@@ -448,101 +437,96 @@ def draw_more(plt, plan, methods):
         axis.grid(alpha=0.3)
     labels = train.get_legend_handles_labels()
     figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(plan.results.parent / f"{plan.task}-more.png", dpi=110)
+    figure.savefig(plan.results.with_name(f"{plan.task}-more.png"), dpi=110)
 
 
 def table_of_methods(plan, methods, results):
     """Lines of Markdown: what each method reaches, and what it costs."""
-    lines = [
+    about = (
         "Accuracy on 500 held-out problems, twice each, mean over the seeds and its 95 % t interval."
-        " Seconds: the fastest seed's median iteration on one core, two runs side by side, times the iterations.",
-        "",
-        "| method | learning rate | seeds | accuracy at the start | at the end | value tokens | tokens | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        " Seconds: the fastest seed's median iteration on one core, two runs side by side, times the iterations."
+    )
+    head = ["method", "learning rate", "seeds", "accuracy at the start", "at the end"]
+    rows = []
     for method, points in methods.items():
         start, end, count = points[0], points[-1], len(seeds_of(plan, method, results))
         rate = re.search(r" --learning_rate (\S+)", results[f"{method}-s0"]["command"])[1]
-        accuracy = f"{start['accuracy']:.3f} | {end['accuracy']:.3f} ± {end['half']:.3f}"
-        costs = " | ".join(f"{end.get(name, 0):,.0f}" for name in ("value_tokens", "tokens", "seconds"))
-        lines.append(f"| {style_of(plan, method)[0]} | {rate} | {count} | {accuracy} | {costs} |")
-    return lines
+        name = row_name(plan, method, style_of(plan, method)[0])
+        reached = common.plus_minus(end["accuracy"], end["half"], 3)
+        costs = [f"{end.get(name, 0):,.0f}" for name in ("value_tokens", "tokens", "seconds")]
+        rows.append([name, rate, count, f"{start['accuracy']:.3f}", reached, *costs])
+    return [about, "", *common.table([*head, "value tokens", "tokens", "seconds"], rows)]
 
 
 def table_of_pairs(plan, methods, results):
-    """Lines of Markdown: of each two methods, their difference at the end, where it is not 0.
+    """Lines of Markdown: the difference of each two methods at the end, where it is not 0.
 
-    Seed by seed: the RL runs of one seed draw the same problems and begin with the same accuracy.
-    RestEM's and DPO+'s seeds have nothing in common with theirs, which makes the interval no less valid.
+    The difference is taken seed by seed: the RL runs of one seed draw the same problems and begin with the
+    same accuracy. RestEM's and DPO+'s seeds have nothing in common with theirs, which makes the interval no
+    less valid.
     """
-    ends = {m: [accuracies(curve)[-1] for curve in seeds_of(plan, m, results)] for m in methods}
+    ends = {m: [accuracies(result)[-1] for result in seeds_of(plan, m, results)] for m in methods}
     order = sorted(methods, key=lambda m: -methods[m][-1]["accuracy"])
-    lines = [
+    about = (
         "How many points of accuracy the row's method ends above the column's, mean over the seeds that both"
-        " have; empty where the 95 % t interval of the differences, seed by seed, contains 0. The best comes first.",
-        "",
-        f"| | {' | '.join(order)} |",
-        "|---" * (len(order) + 1) + "|",
-    ]
-    for row in order:
+        " have; empty where the 95 % t interval of the differences, seed by seed, contains 0. The best comes first."
+    )
+    rows = []
+    for method in order:
         cells = []
         for other in order:
-            gap, half = interval([a - b for a, b in zip(ends[row], ends[other])])
+            gap, half = common.interval([a - b for a, b in zip(ends[method], ends[other])])
             cells.append(f"{100 * gap:+.1f}" if abs(gap) > half else "")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return lines
+        rows.append([row_name(plan, method, method), *cells])
+    return [about, "", *common.table(["", *order], rows)]
 
 
 def table_of_search(plan, results):
     """Lines of Markdown: the accuracy of each learning rate that was searched."""
-    lines = [
-        "The search: mean of the last two evaluations over the seeds 100 and 101.",
-        "",
-        "| method | learning rates |",
-        "|---|---|",
-    ]
+    rows = []
     for method in plan.methods:
         found = plan.searched(method, results)
         if None not in found.values():
             cells = ", ".join(f"{rate}: {value:.3f}" for rate, value in found.items())
-            lines.append(f"| {method} | {cells} |")
-    return lines
+            rows.append([row_name(plan, method, method), cells])
+    about = "The search: mean of the last two evaluations over the seeds 100 and 101."
+    return [about, "", *common.table(["method", "learning rates"], rows)]
 
 
 def draw(plan):
-    """Pictures and tables, from the results alone, of the methods whose seeds have all ended."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    results = plan.load_results()
-    curves = {m: seeds_of(plan, m, results) for m in plan.methods}
-    methods = {m: evaluations(found) for m, found in curves.items() if len(found) == plan.methods[m][1]}
+    """Write pictures and tables, from the results alone, of the methods whose seeds have all ended."""
+    results, methods = plan.load_results(), {}
+    for method, (_, seeds) in plan.methods.items():
+        curves = [common.rows_of(result["curve"]) for result in seeds_of(plan, method, results)]
+        if len(curves) == seeds:
+            methods[method] = evaluations(curves)
     if not methods:
-        how = f"`python experiments/compare.py {plan.task} run` makes them"
-        sys.exit(f"compare.py: no method with all its runs in {plan.results}: {how}")
+        sys.exit(
+            f"compare.py: {plan.results} has no method with all its runs:"
+            f" first run `python experiments/compare.py {plan.task} run`"
+        )
+    plt = common.pyplot()
     draw_costs(plt, plan, methods)
     draw_more(plt, plan, methods)
-    tables = table_of_methods(plan, methods, results), table_of_pairs(plan, methods, results)
-    text = "\n\n".join("\n".join(lines) for lines in (*tables, table_of_search(plan, results)))
-    (plan.results.parent / f"{plan.task}.md").write_text(text + "\n")
-    print(text)
+    lines = [*table_of_methods(plan, methods, results), "", *table_of_pairs(plan, methods, results)]
+    common.write_page(plan.results.with_suffix(".md"), [*lines, "", *table_of_search(plan, results)])
 
 
 def main():
-    match sys.argv[1:]:
-        case [task, "run"] if task in METHODS:
-            run(Plan(task), "")
-        case [task, "run", "--only", only] if task in METHODS:
-            run(Plan(task), only)
-        case [task, "draw"] if task in METHODS:
-            draw(Plan(task))
-        case [task, "again", name] if task in METHODS:
-            again(Plan(task), name)
-        case _:
-            tasks = "|".join(METHODS)
-            sys.exit(f"usage: compare.py {tasks} run [--only REGEX] | draw | again NAME")
+    parser = common.parser(__doc__)
+    parser.add_argument("task", choices=METHODS)
+    programs = parser.add_subparsers(dest="program", required=True, metavar="run | draw | again")
+    only = "only the runs whose name matches this regular expression"
+    programs.add_parser("run").add_argument("--only", default="", metavar="REGEX", help=only)
+    programs.add_parser("draw")
+    programs.add_parser("again").add_argument("name", metavar="NAME", help="the run that is repeated")
+    a = parser.parse_args()
+    if a.program == "run":
+        run(Plan(a.task), a.only)
+    elif a.program == "draw":
+        draw(Plan(a.task))
+    else:
+        again(Plan(a.task), a.name)
 
 
 if __name__ == "__main__":

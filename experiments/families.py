@@ -1,15 +1,14 @@
-"""Which model families train here: a tiny random model of each goes through train.py, on CPU or GPU.
+"""Which model families train here? A tiny random model of each goes through train.py, on CPU or GPU.
 
     python experiments/families.py                  # all of them, 20 s each; the table in docs/models.md
-    python experiments/families.py SmolLM3 StableLM # some
+    python experiments/families.py SmolLM3 StableLM # some of them
 
-Two iterations with a large learning rate. The gap is the mean absolute difference between the
-engine's and the trainer's log-probabilities of the tokens sampled in the second, so after training
-and a sync of weights (logprob_gap; rounding is 5e-7 in float32 and 1e-2 in bfloat16). Of a model
-that is refused the table has the line that its user gets.
+A run has two iterations with a large learning rate. The gap is the mean absolute difference between the
+engine's and the trainer's log-probabilities of the tokens that were sampled in the second iteration, so
+after training and a sync of weights (logprob_gap; rounding is 5e-7 in float32 and 1e-2 in bfloat16). If
+train.py refuses a model, the table has the line that its user gets.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -19,8 +18,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import support.startup  # noqa: F401 (before torch is imported)
+from experiments import common
 
 # isort: split
 import torch
@@ -38,7 +36,7 @@ HEAD, WINDOW = dict(head_dim=32), dict(sliding_window=16)  # a window that the t
 ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 EXPERTS = dict(num_experts_per_tok=2)
 OWN_LAYOUT = "Mistral, in its own layout beside Hugging Face's"
-FAMILIES = {  # name: (configuration class, what is not SMALL, a model of it)
+FAMILIES = {  # name: (configuration class, what differs from SMALL, a model of the family)
     "Llama 2": ("Llama", dict(num_key_value_heads=4), "Rho-1B, DeepSeekMath-7B"),
     "Llama 3": ("Llama", dict(rope_scaling=dict(rope_type="llama3", **ROPE)), "Llama-3.1-8B"),
     "SmolLM2": ("Llama", dict(tie_word_embeddings=True), "SmolLM2-1.7B"),
@@ -101,13 +99,12 @@ def write_model(name, folder):
 
 
 def trial(name):
-    """The gap as text, or the line with which train.py refuses the family."""
+    """The gap as text, or the line by which train.py refuses the family."""
     with tempfile.TemporaryDirectory() as scratch:
         model, run = Path(scratch, "model"), Path(scratch, "run")
         write_model(name, model)
         command = [sys.executable, "train.py", "--model", model, "--run_dir", run, *SETTINGS]
-        root = Path(__file__).parent.parent
-        done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True)
+        done = subprocess.run(list(map(str, command)), cwd=common.ROOT, capture_output=True, text=True)
         if done.returncode == 0:
             last = (run / "metrics.jsonl").read_text().splitlines()[-1]
             return f"{json.loads(last)['logprob_gap']:.1e}"
@@ -118,13 +115,12 @@ def trial(name):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="families; none: all")
+    parser = common.parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="families; default: all of them")
     names = parser.parse_args().names or list(FAMILIES)
     if unknown := [name for name in names if name not in FAMILIES]:
-        sys.exit(f"families.py: {unknown[0]} is not known; known are {', '.join(FAMILIES)}")
-    print("| family | for instance | gap, or why it is refused |\n|---|---|---|")
+        sys.exit(f"families.py: {unknown[0]} is no family: choose from {', '.join(FAMILIES)}")
+    print(*common.table(["family", "for instance", "gap, or why it is refused"], []), sep="\n")
     for name in names:
         print(f"| {name} | {FAMILIES[name][2]} | {trial(name)} |", flush=True)
 

@@ -2,18 +2,19 @@
 
     .venv/bin/pip install -r experiments/requirements-peers.txt
     .venv/bin/python experiments/peers.py --model runs/sft              # five rounds, on one core
-    .venv/bin/python experiments/peers.py --draw                        # the table alone
+    .venv/bin/python experiments/peers.py --draw                        # only writes the table
 
 Both train the SFT policy on the arithmetic task's problems, with the same rewards, batches, optimizer,
-schedule and number of optimizer steps; TRL generates with transformers, since its vLLM mode fails on
-CPU at the first weight sync. Its loss is bnpo, the mean over the tokens of a minibatch, as ours; its
-beta is the one that weighs the KL penalty as ours does at the mean length of the responses
-(docs/differences.md). Each round trains one seed with each, the other one first every second time.
+schedule and number of optimizer steps. TRL generates with transformers, since its vLLM mode fails on CPU
+at the first weight sync. Its loss is bnpo, the mean over the tokens of a minibatch, as ours is. Its beta
+weighs the KL penalty as ours does at the mean length of the responses (docs/differences.md). Each round
+trains one seed with both; they take turns in going first.
 
-CPU and wall seconds are the median iteration's: sampling, rewards and updates, without start, saving
-and evaluation. Memory is the process's largest resident set. Accuracies are of the policies after 20
-and 60 iterations, on all held-out problems twice (`train.py --eval_only`). It writes
-experiments/results/peers.json after each round, and peers.md. It goes on where it was stopped.
+CPU and wall seconds are those of the median iteration: sampling, rewards and updates, without start,
+saving and evaluation. Memory is the process's largest resident set. Accuracies are of the policies after
+20 and 60 iterations, on all held-out problems twice (`train.py --eval_only`). Each round adds a line to
+experiments/results/peers.jsonl, and the table goes to peers.md. A run that was stopped continues when it
+is started again.
 """
 
 import argparse
@@ -24,19 +25,18 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
+from time import perf_counter, process_time
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import support.startup  # noqa: F401 (before torch is imported)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments import common
 
-RESULTS = ROOT / "experiments" / "results" / "peers.json"
+RESULTS = common.RESULTS / "peers.jsonl"
 ITERATIONS, MEASURED_AT = 60, (20, 60)
 PROMPTS, RESPONSES, MINIBATCH, EPOCHS = 16, 4, 32, 2  # of an iteration
 STEPS = PROMPTS * RESPONSES // MINIBATCH * EPOCHS  # optimizer steps of an iteration
 LEARNING_RATE, KL_COEF, MAX_TOKENS = 1e-4, 1e-4, 128
-MEAN_LENGTH = 60  # tokens of a response: it makes TRL's beta, a mean over tokens, of a sum over each response
+MEAN_LENGTH = 60  # tokens of a response; TRL's penalty is a mean over tokens, ours a sum over each response
 NAMES = {"trl": "TRL's GRPOTrainer", "vineppo": "train.py --algorithm grpo"}
 
 
@@ -50,11 +50,11 @@ class Clock:
         self.path, self.spent = path, []
 
     def start(self):
-        self.began = time.perf_counter(), time.process_time()
+        self.began = perf_counter(), process_time()
 
     def stop(self):
         wall, cpu = self.began
-        self.spent.append((time.perf_counter() - wall, time.process_time() - cpu))
+        self.spent.append((perf_counter() - wall, process_time() - cpu))
         self.path.write_text(json.dumps(self.spent))
 
 
@@ -132,9 +132,9 @@ def train_with_vineppo(model, folder, seed):
                 self.clock.start()
                 yield iteration
 
-        def finished(self, iteration, *arguments):
+        def finished(self, episodes, metrics):
             self.clock.stop()
-            super().finished(iteration, *arguments)
+            super().finished(episodes, metrics)
             if self.done in MEASURED_AT:
                 shutil.copytree(self.folder / "checkpoints" / str(self.done), folder / str(self.done))
 
@@ -151,7 +151,7 @@ def train_with_vineppo(model, folder, seed):
 
 
 def run_round(model, folder, seed):
-    """{name: {wall, cpu, gb, accuracy after 20, after 60}} of one seed."""
+    """{name: {wall, cpu, gb, accuracy_20, accuracy_60}} of one seed."""
     found = {}
     for name in list(NAMES)[:: -1 if seed % 2 else 1]:
         place = folder / f"{name}-{seed}"
@@ -181,7 +181,7 @@ def one_run(name, model, place, seed):
 
 def accuracy_of(model):
     command = [sys.executable, "train.py", "--dataset", "arithmetic", "--eval_only", "--model", str(model)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=common.ROOT, env=environment(), capture_output=True, text=True)
     found = re.search(r"accuracy (\d\.\d+)", done.stdout)
     if not found:
         sys.exit(f"peers.py: the evaluation of {model} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -189,49 +189,43 @@ def accuracy_of(model):
 
 
 def environment():
-    """Of one core."""
+    """The environment variables of a process on one core."""
     return os.environ | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", VLLM_CPU_KVCACHE_SPACE="1")
 
 
 def run(model, rounds, folder):
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    while len(results) < rounds:
-        results.append(run_round(model, folder, len(results)))
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    for seed in range(len(common.read(RESULTS)), rounds):
+        common.append(RESULTS, run_round(model, folder, seed))
 
 
 def draw():
-    """The table: means over the rounds, with the standard error; the ratios are of each round."""
-    if not RESULTS.exists():
-        sys.exit(f"peers.py: {RESULTS} is missing: name a --model to measure")
-    results = json.loads(RESULTS.read_text())
+    """Write the table: means over the rounds with their standard error; the ratios are taken in each round."""
+    results = common.read(RESULTS)
+    if not results:
+        sys.exit(f"peers.py: there are no results in {RESULTS}: name a --model to measure")
 
-    def told(values, digits):
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+    def cell(values, digits):
+        return common.plus_minus(*common.mean_and_error(values), digits)
 
-    rows = {"wall": "wall seconds an iteration", "cpu": "CPU seconds an iteration", "gb": "peak memory, GB"}
-    rows |= {f"accuracy_{n}": f"accuracy after {n} iterations" for n in MEASURED_AT}
-    about = f"{len(results)} rounds on one core, mean ± standard error."
-    lines = [about, "", f"| | {' | '.join(NAMES.values())} | ours over TRL's |", "|---|---|---|---|"]
-    for key, label in rows.items():
+    labels = {"wall": "wall seconds an iteration", "cpu": "CPU seconds an iteration", "gb": "peak memory, GB"}
+    labels |= {f"accuracy_{n}": f"accuracy after {n} iterations" for n in MEASURED_AT}
+    rows = []
+    for key, label in labels.items():
         values = {name: [r[name][key] for r in results] for name in NAMES}
-        cells = [told(values[name], 3) for name in NAMES]
         ratios = [ours / theirs for ours, theirs in zip(values["vineppo"], values["trl"])]
-        lines.append(f"| {label} | {' | '.join(cells)} | {told(ratios, 2)} |")
-    text = "\n".join(lines) + "\n"
-    RESULTS.with_suffix(".md").write_text(text)
-    print(text, end="")
+        rows.append([label, *(cell(values[name], 3) for name in NAMES), cell(ratios, 2)])
+    table = common.table(["", *NAMES.values(), "ours over TRL's"], rows)
+    about = f"{len(results)} rounds on one core, mean ± standard error."
+    common.write_page(RESULTS.with_suffix(".md"), [about, "", *table])
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--model", help="the SFT policy, as `sft.py --dataset arithmetic` makes it")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "peers", help="for the runs, emptied")
-    parser.add_argument("--draw", action="store_true", help="the table alone")
+    folder = "folder of the runs, which is emptied"
+    parser.add_argument("--folder", type=Path, default=common.ROOT / "runs" / "peers", help=folder)
+    parser.add_argument("--draw", action="store_true", help="only write the table")
     parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -241,7 +235,7 @@ def main():
     if not a.draw:
         if not a.model or not (Path(a.model) / "config.json").is_file():
             sys.exit(
-                f"peers.py: --model {a.model} is no model's folder: sft.py --dataset arithmetic makes one"
+                f"peers.py: --model {a.model} is no model's folder: make one with sft.py --dataset arithmetic"
             )
         try:
             import trl  # noqa: F401

@@ -1,152 +1,121 @@
-"""How good are the values? The paper's section 6, on any run. (gradients.py: what that does to the gradient.)
+"""How good are the values? The paper's section 6, on any run. gradients.py measures what that does to the gradient.
 
     torchrun --nproc_per_node=2 experiments/values.py runs/compare/arithmetic/ppo-96-s0/checkpoints/40 [MORE]
     torchrun --nproc_per_node=8 experiments/values.py runs/math/checkpoints/1000 --truth_rollouts 256
-    python experiments/values.py --draw                # pictures and tables alone
+    python experiments/values.py --draw                # only draws pictures and tables
 
-`make analyze` does it for three of the comparison's checkpoints.
+`make analyze` measures three of the comparison's checkpoints.
 
-States come from the checkpoint's own solutions of held-out problems, sampled at the temperature it
-trained at. The ground truth of a state is the mean of --truth_rollouts rollouts. Every estimate is
-independent of it, since it has rollouts of its own:
+The states come from the checkpoint's own solutions of held-out problems, sampled at the temperature of
+its training. The ground truth of a state is the mean of --truth_rollouts rollouts. Every estimate has
+rollouts of its own, so it is independent of the truth:
 
-    K = 1, 3, 9 rollouts     as VinePPO estimates
+    K = 1, 3, 9 rollouts     the estimate of VinePPO
     value network            of a PPO run's checkpoint; other runs have none
-    group mean               the share of right ones among 8 other solutions; one for all states of a problem
+    group mean               the share of right ones among 8 other solutions, for all states of a problem
     constant                 the policy's accuracy
 
-It writes experiments/results/values/NAME.json for each checkpoint; the pictures and the table are
-made from these files alone. Steps are the paper's, whatever --step_credit the run had.
+Each checkpoint adds a line to experiments/results/values.jsonl. Pictures and tables are made from this
+file alone. Steps are cut by the paper's rules, whatever the run's --step_credit.
 """
 
-import argparse
-import json
 import math
 import os
 import random
 import statistics
 import sys
-from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import support.startup  # noqa: F401 (before torch is imported)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments import common
 
-RESULTS = ROOT / "experiments" / "results" / "values"
 KS, GROUP = (1, 3, 9), 8
 ALTERNATIVES, TRIES = 5, 64  # distinct next steps ranked at a state, of this many continuations
+NEEDED = 3  # fewer distinct next steps are not ranked
 
 
 # --- measuring ---
-# torch, vLLM and the core are imported where they are used: --draw needs none of them
 
 
-class Analysis:
-    """Measures a checkpoint. The problems that its methods get are this rank's share."""
+def measure(checkpoint):
+    """For measure_checkpoints: rows of states, and groups of rows that are ranked."""
+    import torch.distributed as dist
 
-    def __init__(self, arguments, device, engine, grader, policy, critic, s):
-        """policy, critic: sharded; critic may be None. s: the train.Settings of the run."""
-        self.arguments, self.device, self.s = arguments, device, s
-        self.engine, self.grader = engine, grader
-        self.policy, self.critic = policy, critic
+    a, rank, world = checkpoint.arguments, dist.get_rank(), dist.get_world_size()
+    states = valued_states(checkpoint, checkpoint.test[: a.problems][rank::world])
+    ranking = ranked_states(checkpoint, checkpoint.test[a.problems : a.problems + a.ranked][rank::world])
+    return {}, dict(states=states, ranking=ranking)
 
-    def solutions(self, problems, n, **changes):
-        """n solutions of each problem, as Episodes with rewards and boundaries."""
-        from rollout import episodes_for, sample
-        from steps import step_boundaries
 
-        episodes = episodes_for(problems, n)
-        sample(self.engine, self.grader, episodes, replace(self.s, **changes))
-        for e in episodes:
-            e.boundaries = step_boundaries("paper", e.text, e.response_ids, self.engine.decode)
-        return episodes
+def valued_states(checkpoint, problems):
+    """One row per state of one solution to each problem, of all ranks. problems: this rank's."""
+    from support.ranks import gather_lists
+    from vine import states_of
 
-    def roll_out(self, states, n, **changes):
-        """n rollouts from each of the states, not yet graded."""
-        s = replace(self.s, **changes)
-        for state in states:
-            self.engine.submit(state, n, s.max_tokens - len(state.prefix_ids), s.temperature, s.top_p)
-        while self.engine.running:
-            for state, completions in self.engine.step():
-                state.receive(completions)
+    everything = checkpoint.solutions(problems, 1 + GROUP)
+    rows, states = [], []
+    for i in range(0, len(everything), 1 + GROUP):
+        e, others = everything[i], everything[i + 1 : i + 1 + GROUP]
+        found = states_of(e, {})  # all are new
+        states += found
+        group_mean = statistics.mean(o.reward for o in others)
+        rows += [{"position": t / len(found), "group mean": group_mean} for t in range(len(found))]
+    rows = [row | estimated for row, estimated in zip(rows, rows_of(checkpoint, states, problems))]
+    rows = gather_lists(rows)
+    accuracy = statistics.mean(gather_lists([e.reward for e in everything]))
+    return [row | {"constant": accuracy} for row in rows]
 
-    def rewards_from(self, states, n, **changes):
-        """Rewards of n rollouts from each of the states: a list of n for each."""
-        from grader import set_rewards
 
-        self.roll_out(states, n, **changes)
-        set_rewards(self.grader, states)
-        return [[rollout.reward for rollout in state.rollouts] for state in states]
+def ranked_states(checkpoint, problems):
+    """True and estimated values after each of 3 to 5 distinct next steps from a state.
 
-    def rows_of(self, states, problems):
-        """One row per state: {truth, error, K=1, .., value network}. Every rank calls it.
+    A list of rows for each of these states, of all ranks. The states stand at random places of
+    solutions. problems: this rank's.
+    """
+    from episode import State
+    from steps import step_boundaries
+    from support.ranks import gather_lists
 
-        problems: at least one, to pad with.
-        """
-        from episode import State
-        from support.ranks import gather_lists
+    a, rng, starts = checkpoint.arguments, random.Random(checkpoint.arguments.seed), []
+    for e in checkpoint.solutions(problems, 1):
+        if len(e.boundaries) > 3:
+            cut = rng.choice(e.boundaries[:-2])
+            starts.append(State(e.prompt_ids, e.response_ids[:cut], e.answer))
+    checkpoint.roll_out(starts, TRIES, temperature=a.next_step_temperature or checkpoint.s.temperature)
+    states, sizes = [], []  # sizes: the number of alternatives at each start that is ranked
+    for start in starts:
+        nexts = {}
+        for c in start.rollouts:
+            ids = start.prefix_ids + c.token_ids
+            cuts = step_boundaries("paper", c.text, ids, checkpoint.engine.decode)
+            cut = next((cut for cut in cuts if cut > len(start.prefix_ids)), len(ids))
+            if cut < len(ids):  # a step that ends the response has no state after it
+                nexts.setdefault(tuple(ids[:cut]))
+        if len(nexts) >= NEEDED:
+            chosen = list(nexts)[:ALTERNATIVES]
+            states += [State(start.prompt_ids, list(ids), start.answer) for ids in chosen]
+            sizes.append(len(chosen))
+    rows = iter(rows_of(checkpoint, states, problems))
+    return gather_lists([list(islice(rows, size)) for size in sizes])
 
-        truth = self.arguments.truth_rollouts
-        rows = [estimates(rewards, truth) for rewards in self.rewards_from(states, truth + max(KS))]
-        if self.critic:
-            most = max(1, *gather_lists([len(states)]))  # FSDP: the same number of passes on every rank
-            padding = [State(problems[0].prompt_ids, [])] * (most - len(states))
-            for row, value in zip(rows, network_values(self.critic, states + padding)):
-                row["value network"] = value
-        return rows
 
-    def states(self, problems):
-        """One row per state of one solution to each problem, of all ranks."""
-        from support.ranks import gather_lists
-        from vine import states_of
+def rows_of(checkpoint, states, problems):
+    """One row per state: {truth, error, K=1, .., value network}. All ranks call it.
 
-        everything = self.solutions(problems, 1 + GROUP)
-        rows, states = [], []
-        for i in range(0, len(everything), 1 + GROUP):
-            e, others = everything[i], everything[i + 1 : i + 1 + GROUP]
-            found = states_of(e, {})
-            states += found
-            group_mean = statistics.mean(o.reward for o in others)
-            rows += [{"position": t / len(found), "group mean": group_mean} for t in range(len(found))]
-        rows = [row | estimated for row, estimated in zip(rows, self.rows_of(states, problems))]
-        rows = gather_lists(rows)
-        accuracy = statistics.mean(gather_lists([e.reward for e in everything]))
-        return [row | {"constant": accuracy} for row in rows]
+    problems: at least one, to pad with.
+    """
+    from episode import State
+    from support.ranks import gather_lists
 
-    def ranking(self, problems):
-        """True and estimated values after each of 3 to 5 distinct next steps from a state.
-
-        A list of rows for each of these states, of all ranks. They stand at random places of
-        solutions.
-        """
-        from episode import State
-        from steps import step_boundaries
-        from support.ranks import gather_lists
-
-        rng = random.Random(self.arguments.seed)
-        starts = []
-        for e in self.solutions(problems, 1):
-            if len(e.boundaries) > 3:
-                cut = rng.choice(e.boundaries[:-2])
-                starts.append(State(e.prompt_ids, e.response_ids[:cut], e.answer))
-        self.roll_out(starts, TRIES, temperature=self.arguments.next_step_temperature or self.s.temperature)
-        states, sizes = [], []  # sizes: alternatives at each start that counts
-        for start in starts:
-            nexts = {}
-            for c in start.rollouts:
-                ids = start.prefix_ids + c.token_ids
-                cuts = step_boundaries("paper", c.text, ids, self.engine.decode)
-                cut = next((cut for cut in cuts if cut > len(start.prefix_ids)), len(ids))
-                if cut < len(ids):  # a step that ends the response has no state after it
-                    nexts.setdefault(tuple(ids[:cut]))
-            if len(nexts) >= 3:
-                chosen = list(nexts)[:ALTERNATIVES]
-                states += [State(start.prompt_ids, list(ids), start.answer) for ids in chosen]
-                sizes.append(len(chosen))
-        rows = iter(self.rows_of(states, problems))
-        return gather_lists([list(islice(rows, size)) for size in sizes])
+    truth = checkpoint.arguments.truth_rollouts
+    rows = [estimates(rewards, truth) for rewards in checkpoint.rewards_from(states, truth + max(KS))]
+    if checkpoint.critic:
+        most = max(1, *gather_lists([len(states)]))  # FSDP: the same number of passes on every rank
+        padding = [State(problems[0].prompt_ids, [])] * (most - len(states))
+        for row, value in zip(rows, network_values(checkpoint.critic, states + padding)):
+            row["value network"] = value
+    return rows
 
 
 def estimates(rewards, truth_rollouts):
@@ -155,8 +124,7 @@ def estimates(rewards, truth_rollouts):
     The first truth_rollouts of its rewards make the truth, the others the estimates.
     """
     truth, others = rewards[:truth_rollouts], rewards[truth_rollouts:]
-    mean = statistics.mean(truth)
-    error = math.sqrt(mean * (1 - mean) / (len(truth) - 1))
+    mean, error = common.mean_and_error(truth)
     return dict(truth=mean, error=error) | {f"K={k}": statistics.mean(others[:k]) for k in KS}
 
 
@@ -164,135 +132,21 @@ def network_values(critic, states):
     """The value network's V of each state. Every rank brings the same number of states."""
     from episode import Episode
 
-    # a dummy token in place of the next action
+    # a dummy token stands for the next action
     episodes = [Episode(s.prompt_ids, response_ids=[*s.prefix_ids, 0]) for s in states]
     critic.set_advantages(episodes)
     return [e.token_values[-1] for e in episodes]
 
 
-def settings_of(path):
-    """The train.Settings of a RUN/checkpoints/N, or of a RUN. Older runs had settings that are gone: they
-    are left out.
-    """
-    import train
-
-    run = path if (path / "settings.json").is_file() else path.parent.parent
-    names = {f.name for f in fields(train.Settings)}
-    stored = json.loads((run / "settings.json").read_text())
-    return train.Settings(**{name: value for name, value in stored.items() if name in names})
-
-
-def model_of(path, s):
-    """The folder of the policy: a RUN stands for the one that it began from."""
-    return path if (path / "config.json").is_file() else Path(s.model)
-
-
-def name_of(path):
-    return f"{path.parent.parent.name}-{path.name}" if path.parent.name == "checkpoints" else f"{path.name}-0"
-
-
-def networks_of(path, s, device):
-    """(policy, critic or None) of a checkpoint, sharded."""
-    import torch.distributed as dist
-
-    from baselines.critic import Critic
-    from model import load_sharded
-
-    loading, critic = dict(bfloat16=s.bfloat16), None
-    policy = load_sharded(path, device, **loading)
-    if (path / "state" / "critic").is_dir():
-        learning = dict(total_steps=1, learning_rate=1e-9, minibatch=dist.get_world_size())
-        critic = Critic(path, device, loading=loading, micro_batch_tokens=s.micro_batch_tokens, **learning)
-        critic.load(path / "state")
-    elif s.algorithm == "ppo" and dist.get_rank() == 0:
-        print(f"{path} has no state/critic: its value network is left out", flush=True)
-    return policy, critic
-
-
-def problems_of(path, s, needed):
-    """(training problems, test problems), encoded. Raises ValueError for fewer than `needed` of the latter."""
-    import data
-    from support.pretrained import read_tokenizer
-
-    tokenizer, limit = read_tokenizer(path), s.max_sequence - s.max_tokens
-    splits = data.load(s.dataset, s.prompt_template, s.chat)
-    training, test = (data.encode(problems, tokenizer, limit, s.chat)[0] for problems in splits)
-    if len(test) < needed:
-        what = "--problems and --ranked together"
-        raise ValueError(f"{what} need {needed} test problems; {s.dataset} has {len(test)}")
-    return training, test
-
-
-def each_checkpoint(a, device, watch, needed=0):
-    """(path, Analysis, training problems, test problems) of each of a.checkpoints, with its weights in
-    the engine. needed: test problems. On all ranks; ends the engine at last.
-    """
-    from grader import Grader
-    from model import full_tensors
-    from rollout import Engine, shut_down
-
-    engine, grader = None, Grader()
-    for path in a.checkpoints:
-        s = settings_of(path)
-        model = model_of(path, s)
-        training, test = problems_of(model, s, needed)
-        if engine is None:
-            engine = Engine(
-                str(model), max_sequence=s.max_sequence, stop=[s.stop] if s.stop else [], bfloat16=s.bfloat16,
-                gpu_memory=s.gpu_memory, max_sequences=s.max_sequences, on_step=watch.beat,
-            )  # fmt: skip
-        engine.sleep()
-        policy, critic = networks_of(model, s, device)
-        engine.load_weights(full_tensors(policy))
-        engine.seed(a.seed)
-        yield path, Analysis(a, device, engine, grader, policy, critic, s), training, test
-    shut_down(engine, grader, watch)
-
-
-def measure(a, device, watch):
-    """Write the results of each of the checkpoints. a: the program's arguments."""
-    import torch.distributed as dist
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for path, analysis, _, test in each_checkpoint(a, device, watch, a.problems + a.ranked):
-        states = analysis.states(test[: a.problems][rank::world])
-        ranking = analysis.ranking(test[a.problems : a.problems + a.ranked][rank::world])
-        if rank == 0:
-            name = name_of(path)
-            measured = dict(checkpoint=str(path))
-            measured |= {k: v for k, v in vars(a).items() if isinstance(v, int | float)}
-            found = dict(states=states, ranking=ranking)
-            write(a.results / f"{name}.json", dict(measured=measured, settings=asdict(analysis.s)) | found)
-            print(f"{name}: {len(states)} states, {len(ranking)} ranked", flush=True)
-
-
-def write(path, result):
-    """JSON, with a line for each row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(rounded(result))
-    for first in ('{"position"', '{"estimators"'):
-        content = content.replace(first, f"\n{first}")
-    path.write_text(content + "\n")
-
-
-def rounded(x):
-    """Floats to five digits, everywhere."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [rounded(v) for v in x]
-    return float(f"{x:.5g}") if isinstance(x, float) else x
-
-
 # --- what came out ---
 
-ESTIMATORS = {  # in the order of the pictures; Okabe and Ito's colours, which the colour-blind can tell apart
-    "K=1": "#000000",
-    "K=3": "#56b4e9",
-    "K=9": "#0072b2",
-    "value network": "#e69f00",
-    "group mean": "#009e73",
-    "constant": "#999999",
+ESTIMATORS = {  # in the order of the pictures
+    "K=1": common.BLACK,
+    "K=3": common.SKY,
+    "K=9": common.BLUE,
+    "value network": common.ORANGE,
+    "group mean": common.GREEN,
+    "constant": common.GREY,
 }
 BINS = 5
 
@@ -400,10 +254,8 @@ def draw_ranking(axis, groups):
     axis.set(title="next steps ranked right: pairs (left), best (right)", ylim=(0, 1.08))
 
 
-def picture(name, result):
+def picture(plt, name, result):
     """The figure of one checkpoint."""
-    import matplotlib.pyplot as plt
-
     names = present(result["states"])
     width = len(names)
     below = ["position"] * 2 + ["ranking"] * (width - 2)
@@ -426,34 +278,32 @@ def table_of_states(rows, ranking):
 
     ranking: see ranking_by_estimator.
     """
-    errors = "mean abs. error | bias | correlation | explained variance | without the truth's noise"
-    lines = [f"| estimate | {errors} | pairs ranked | best step |", "|---|---|---|---|---|---|---|---|"]
+    head = ["estimate", "mean abs. error", "bias", "correlation", "explained variance"]
+    head += ["without the truth's noise", "pairs ranked", "best step"]
+    lines = []
     for e in present(rows):
         m, of_it = accuracy_of(rows, e), ranking.get(e, {})
         shares = [f"{of_it[c]:.2f}" if of_it.get(c) is not None else "" for c in ("pairs", "top1")]
         cells = [f"{m['mae']:.3f}", f"{m['bias']:+.3f}", f"{m['correlation']:.2f}", f"{m['explained']:.2f}"]
-        cells += [f"{m['explained_without_noise']:.2f}", *shares]
-        lines.append(f"| {e} | {' | '.join(cells)} |")
+        lines.append([e, *cells, f"{m['explained_without_noise']:.2f}", *shares])
     chance = ranking["chance"]
     if chance["number_of_pairs"]:
-        lines.append(f"| chance | | | | | | {chance['pairs']:.2f} | {chance['top1']:.2f} |")
-    return lines
+        lines.append(["chance", *[""] * 5, f"{chance['pairs']:.2f}", f"{chance['top1']:.2f}"])
+    return common.table(head, lines)
 
 
 def table_of_positions(rows):
     """Lines of Markdown: the errors by fifths of the solution."""
-    parts = in_bins(rows)
-    sizes, what = ", ".join(str(len(part)) for part in parts), "bias; correlation; explained variance"
-    lines = [f"By fifths of the solution ({sizes} states): {what}.", ""]
-    lines.append("| estimate |" + " | ".join(f"{b}/{BINS}" for b in range(1, BINS + 1)) + " |")
-    lines.append("|---|" + "---|" * BINS)
+    parts, lines = in_bins(rows), []
+    sizes = ", ".join(str(len(part)) for part in parts)
     for e in present(rows):
         cells = []
         for part in parts:
             m = accuracy_of(part, e) if len(part) > 1 else None
             cells.append(f"{m['bias']:+.2f}; {m['correlation']:.2f}; {m['explained']:.2f}" if m else "")
-        lines.append(f"| {e} | {' | '.join(cells)} |")
-    return lines
+        lines.append([e, *cells])
+    about = f"By fifths of the solution ({sizes} states): bias; correlation; explained variance."
+    return [about, "", *common.table(["estimate", *(f"{b}/{BINS}" for b in range(1, BINS + 1))], lines)]
 
 
 def tables(name, result):
@@ -473,99 +323,39 @@ def tables(name, result):
     return [f"## {name}", "", about, "", *table_of_states(rows, ranking), "", *table_of_positions(rows), ""]
 
 
-def draw(folder):
-    """Pictures and tables beside the folder of the results."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    if not results:
-        sys.exit(f"values.py: no results in {folder}: name checkpoints to measure")
-    text = ["# Values, by experiments/values.py", ""]
-    for name, result in results.items():
-        figure = picture(name, result)
-        figure.savefig(folder.parent / f"values-{name}.png", dpi=100)
+def draw(path):
+    """Write pictures and tables beside the file of the results."""
+    plt, text = common.pyplot(), ["# Values, by experiments/values.py", ""]
+    for name, result in common.results_to_draw("values.py", path).items():
+        figure = picture(plt, name, result)
+        figure.savefig(path.with_name(f"{path.stem}-{name}.png"), dpi=100)
         plt.close(figure)
         text += tables(name, result)
-    (folder.parent / "values.md").write_text("\n".join(text))
-    print("\n".join(text))
+    common.write_page(path.with_suffix(".md"), text)
 
 
 # --- the program ---
-
-
-def check_checkpoints(paths):
-    """Raise ValueError for folders that cannot be measured together, before anything is loaded."""
-    engines = set()
-    for path in paths:
-        try:
-            s = settings_of(path)
-        except OSError:
-            raise ValueError(f"{path} is neither a RUN of train.py nor its RUN/checkpoints/N") from None
-        if not (model_of(path, s) / "config.json").is_file():
-            raise ValueError(f"{path}: there is no model in {model_of(path, s)}")
-        engines.add((s.dataset, s.stop, s.max_sequence, s.chat))
-    if not paths:
-        raise ValueError("name RUN/checkpoints/N folders of train.py")
-    if len(engines) > 1:
-        what = "dataset, stop, max_sequence or chat"
-        raise ValueError(f"the runs differ in {what}: measure them one by one, into one --results")
 
 
 def check(a):
     """Raise ValueError for arguments that cannot work, before anything is loaded."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if min(a.problems, a.ranked) < world or a.truth_rollouts < 2:
-        least = "at least 2 truth rollouts, and as many problems and ranked as there are ranks"
-        raise ValueError(f"too few to measure anything: {least}")
-
-
-def arguments(doc, results):
-    """A parser with what gradients.py takes, too."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    folders = "RUN/checkpoints/N folders that train.py wrote, or RUN for the policy that it began from"
-    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help=folders)
-    add("--seed", type=int, default=0, help="of the sampling")
-    beside = "folder of the results; the pictures and the tables go beside it"
-    add("--results", type=Path, default=results, help=beside)
-    add("--draw", action="store_true", help="pictures and tables from the results that are there")
-    return parser
-
-
-def run(name, a, check, measure, draw):
-    """A program that measures checkpoints: check(a) or one line, measure(a, device, watch), draw(folder)."""
-    if a.draw:
-        return draw(a.results)
-    from support.ranks import check_gpus, exit_all, init_distributed, refuse
-    from support.watch import Watch
-
-    try:
-        check_gpus()
-        check_checkpoints(a.checkpoints)
-        check(a)
-    except ValueError as error:
-        refuse(f"{name}.py: {error}")
-    device = init_distributed()
-    with Watch() as watch:
-        measure(a, device, watch)
-    if os.environ["RANK"] == "0":
-        draw(a.results)
-    exit_all()
+        raise ValueError(
+            f"--problems {a.problems} and --ranked {a.ranked} must be at least {world}, the number of ranks,"
+            f" and --truth_rollouts {a.truth_rollouts} at least 2"
+        )
 
 
 def main():
-    parser = arguments(__doc__, RESULTS)
+    parser = common.checkpoint_parser(__doc__, common.RESULTS / "values.jsonl")
     add = parser.add_argument
     add("--truth_rollouts", type=int, default=256, help="rollouts per state for the ground truth")
     add("--problems", type=int, default=20, help="held-out problems, one solution of each")
-    ranked = "states, of as many other problems, whose next steps are ranked"
-    add("--ranked", type=int, default=20, help=ranked)
-    temperature = "at which they are sampled; default: the training's, where few may differ"
-    add("--next_step_temperature", type=float, help=temperature)
-    run("values", parser.parse_args(), check, measure, draw)
+    add("--ranked", type=int, default=20, help="other problems, a state of each, whose next steps are ranked")
+    add("--next_step_temperature", type=float, help="temperature of the next steps; default: the training's")
+    a = parser.parse_args()
+    common.measure_checkpoints("values.py", a, check, measure, draw, needed=a.problems + a.ranked)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The programs in experiments/: compare, show, plot, values, bench and naive, balance."""
+"""The programs in experiments/, and common.py, which they share."""
 
 import json
 import math
+import multiprocessing
 import random
 import re
 import statistics
@@ -10,17 +11,93 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EXACT, python
+from torch.distributed.tensor import Replicate, Shard
 from transformers import AutoModelForCausalLM
 
 import train
 from baselines import dpo, restem
-from baselines.groups import Group
 from episode import Completion, Episode, State
-from experiments import balance, compare, gradients, naive, peers, plot, show, values, whitened
+from experiments import balance, common, compare, gradients, naive, peers, values
 from model import load_sharded
 from ppo import Trainer
 from support.run_folder import write_solutions
 from support.settings import parse
+
+# --- what they share ---
+
+
+def test_appending_replaces_a_line_that_was_cut_short(tmp_path):
+    path = tmp_path / "results" / "x.jsonl"
+    assert common.read(path) == []
+    common.append(path, dict(name="b", value=1))
+    common.append(path, dict(name="a", value=0.1))
+    whole = path.read_bytes()
+    for cut in range(1, 20):  # a process was killed while it wrote a third line
+        path.write_bytes(whole + b'{"name":"c","value":[1,2]}'[:cut])
+        assert common.read(path) == [dict(name="b", value=1), dict(name="a", value=0.1)]
+    common.append(path, dict(name="b", value=2))
+    assert path.read_bytes() == whole + b'{"name":"b","value":2}\n'
+    assert common.newest(path) == dict(a=dict(name="a", value=0.1), b=dict(name="b", value=2))
+
+
+def test_processes_that_append_together_lose_no_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    processes = [multiprocessing.Process(target=append_often, args=(path, i)) for i in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = common.read(path)
+    assert sorted(r["name"] for r in found) == [f"{i}-{j:02}" for i in range(4) for j in range(50)]
+    assert all(r["text"] == "x" * 20_000 for r in found)  # longer than a write that the system makes at once
+
+
+def append_often(path, number):
+    for i in range(50):
+        common.append(path, dict(name=f"{number}-{i:02}", text="x" * 20_000))
+
+
+def test_columns_hold_what_the_rows_held():
+    rows = [dict(i=0, a=0.5), dict(i=1, n={"K=9": 2, "x": {}}), dict(a=0.0, n={}), dict(i=3, n={"y": 1.5})]
+    columns = common.columns_of(rows)
+    assert columns == dict(
+        i=[0, 1, None, 3],
+        a=[0.5, None, 0.0, None],
+        n={"K=9": [None, 2, None, None], "y": [None, None, None, 1.5]},
+    )
+    expected = [dict(i=0, a=0.5, n={}), dict(i=1, n={"K=9": 2}), dict(a=0.0, n={}), dict(i=3, n={"y": 1.5})]
+    assert common.rows_of(json.loads(json.dumps(columns))) == expected
+    assert common.rows_of(common.columns_of([])) == []
+
+
+def test_errors_and_intervals():
+    assert common.mean_and_error([3.0]) == (3.0, 0.0) == common.interval([3.0])
+    mean, error = common.mean_and_error([1.0, 2.0, 3.0, 6.0])
+    assert (mean, error) == (3.0, pytest.approx((14 / 3 / 4) ** 0.5))
+    assert common.interval([1.0, 2.0, 3.0, 6.0]) == (3.0, pytest.approx(3.182 * error))
+    assert common.plus_minus(0.1, 0.05, 2, sign="+") == "+0.10 ± 0.05"
+
+
+@pytest.mark.parametrize("task", compare.METHODS)
+def test_the_tables_in_the_repository_come_from_its_results(task, tmp_path, capsys):
+    plan = compare.Plan(task)
+    table = plan.results.with_suffix(".md").read_text()
+    (tmp_path / plan.results.name).write_text(plan.results.read_text())
+    plan.results = tmp_path / plan.results.name
+    compare.draw(plan)
+    assert capsys.readouterr().out == table == plan.results.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("program", [values, gradients])
+def test_so_do_those_of_the_analyses(program, tmp_path, capsys):
+    name = program.__name__.split(".")[-1]
+    results = common.RESULTS / f"{name}.jsonl"
+    (tmp_path / results.name).write_text(results.read_text())
+    program.draw(tmp_path / results.name)
+    assert (tmp_path / f"{name}.md").read_text() == results.with_suffix(".md").read_text()
+
+
+# --- the comparison ---
 
 
 def result(accuracies, tokens=100, seconds=2.0):
@@ -30,16 +107,20 @@ def result(accuracies, tokens=100, seconds=2.0):
         line = {"iteration": i, "gradient_steps": 4 * i, "reward": i / 100, "kl": i / 10}
         line |= {"tokens": tokens * i, "seconds": seconds * i}
         curve.append(line | ({"accuracy": accuracies[i // 10]} if i % 10 == 0 else {}))
-    return dict(start="0", curve=curve, command="")
+    return dict(start="0", curve=common.columns_of(curve), command="")
 
 
 @pytest.fixture
 def plan(tmp_path):
-    """The comparison on arithmetic, its results in a folder of the test's."""
+    """The comparison on arithmetic, its results in a file of the test's."""
     plan = compare.Plan("arithmetic")
-    plan.results = tmp_path / "results" / "arithmetic"
-    plan.results.mkdir(parents=True)
+    plan.results = tmp_path / "arithmetic.jsonl"
     return plan
+
+
+def store(plan, results):
+    for name, r in results.items():
+        common.append(plan.results, r | dict(name=name))
 
 
 def searches(method, curves):
@@ -60,13 +141,14 @@ def search_won_by(method, best):
 def test_every_planned_command_is_one_that_train_accepts(task):
     plan, steps = compare.Plan(task), {"arithmetic": 160, "worded": 120}[task]
     for method, (command, seeds) in plan.methods.items():
-        assert seeds in compare.T95 and compare.style_of(plan, method)
-        if not command.startswith("-m "):
+        assert seeds in common.T95 and compare.style_of(plan, method)
+        if not command.startswith("-m ") and compare.REMOVED not in command:
             options = [*command.split()[1:], "--learning_rate", "1e-4", *plan.arguments_of("run")]
             s = train.parse_settings(options)
             train.check(s, 1)
             episodes = s.prompts_per_iteration * s.responses_per_prompt
-            # all RL methods make as many optimizer steps
+            # all RL methods make as many optimizer steps; the control is whitened as VinePPO is
+            assert s.whiten == (not method.startswith(("rloo", "grpo")) or method == "rloo-whitened")
             assert s.iterations * s.epochs * episodes // s.minibatch == steps, method
             count = re.search(r"-(\d+)$", method)
             assert episodes == (int(count[1]) if count else 16) and s.dataset == task
@@ -115,18 +197,32 @@ def test_results_of_other_commands_do_not_count(plan):
     search = search_won_by("rloo", "1e-4")
     found = planned_results(plan, search | {f"rloo-s{seed}": result([0, 1]) for seed in (0, 1, 9)})
     found["rloo-s1"]["command"] = found["rloo-s1"]["command"].replace("1e-4", "2e-4")
-    for name, r in found.items():
-        (plan.results / f"{name}.json").write_text(json.dumps(r))
+    store(plan, found)
     assert set(plan.load_results()) == set(found) - {"rloo-s1", "rloo-s9"}
     stale = compare.search_name("rloo", "2e-4", 100)
-    (plan.results / f"{stale}.json").write_text(json.dumps(found[stale] | dict(command="an older one")))
+    store(plan, {stale: found[stale] | dict(command="an older one")})  # a later line of the same name
     # the search is not complete, so no rate is chosen
     assert set(plan.load_results()) == set(search) - {stale}
 
 
+def test_what_needs_an_option_that_is_gone_is_kept_and_never_run(plan):
+    store(plan, planned_results(plan, search_won_by("rloo-mask", "1e-4")))
+    later = plan.commands(plan.load_results())
+    assert "rloo-mask-s0" in later and "search-K2-averaged-mask-lr1e-4-s100" in later
+    missing = plan.missing(re.compile(""))
+    assert missing and not any("mask" in name for name in missing)
+    with pytest.raises(
+        SystemExit, match="rloo-mask-s0 cannot be repeated: train.py no longer has --mask_above"
+    ):
+        compare.again(plan, "rloo-mask-s0")
+    assert "| rloo-mask (option since removed) | 5e-5" in "".join(
+        compare.table_of_search(plan, plan.load_results())
+    )
+
+
 def test_evaluations_over_seeds():
-    first, second = result([0.4, 0.6, 0.5]), result([0.4, 0.8, 0.7], seconds=4.0)
-    start, middle, end = compare.evaluations([first["curve"], second["curve"]])
+    runs = result([0.4, 0.6, 0.5]), result([0.4, 0.8, 0.7], seconds=4.0)
+    start, middle, end = compare.evaluations([common.rows_of(run["curve"]) for run in runs])
     assert start["accuracy"] == pytest.approx(0.4) and start["half"] == 0 and start["tokens"] == 0
     assert middle["accuracy"] == pytest.approx(0.7)
     assert middle["half"] == pytest.approx(12.71 * 0.1)  # t(1) s / sqrt(2)
@@ -150,10 +246,9 @@ def test_pictures_and_tables_come_from_the_results_alone(plan, capsys):
     runs |= {f"ppo-s{seed}": result([0.4, 0.45, 0.5]) for seed in range(2)}  # not all of PPO's have ended
     for method in ("K9", "K3", "rloo-32", "grpo", "ppo"):
         runs |= search_won_by(method, "1e-4")
-    for name, r in planned_results(plan, runs).items():
-        (plan.results / f"{name}.json").write_text(json.dumps(r))
+    store(plan, planned_results(plan, runs))
     compare.draw(plan)
-    tables = (plan.results.parent / "arithmetic.md").read_text()
+    tables = plan.results.with_suffix(".md").read_text()
     assert tables == capsys.readouterr().out
     assert "| VinePPO, K = 9 | 1e-4 | 8 | 0.400 | 0.635 ± 0.020 | 0 | 2,000 | 40 |" in tables
     assert "| RLOO, 32 responses | 1e-4 | 8 | 0.400 | 0.500 ± 0.000 | 0 | 200 | 40 |" in tables
@@ -166,72 +261,7 @@ def test_pictures_and_tables_come_from_the_results_alone(plan, capsys):
     ]
     assert "\n".join(pairs) in tables
     for picture in ("arithmetic.png", "arithmetic-more.png"):
-        assert (plan.results.parent / picture).stat().st_size > 20_000
-
-
-HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & \u202e \x1b[2J"
-
-
-def solution(text=HOSTILE):
-    step = dict(text=text, advantage=-0.5, value=0.5, right=2, K=4, rollouts=[[0.0, text]])
-    steps = [step, dict(text="\nb", advantage=0.0, value=None)]
-    return dict(prompt=text, answer=text, reward=0.0, finished=False, steps=steps)
-
-
-def test_the_page_holds_the_models_text_as_data_alone():
-    page = show.as_page(HOSTILE, [solution()])
-    assert page.count("<script") == page.count("</script>") == 2
-    assert "alert(1)</" not in page and "<!--" not in page
-    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
-    assert json.loads(data) == dict(title=HOSTILE, solutions=[solution()])
-    assert not re.search(r"(src|href)\s*=|@import|url\(", page)  # nothing is loaded from anywhere
-
-
-def test_a_solution_in_the_terminal():
-    lines = show.as_text(solution("x = 5\n")).splitlines()
-    assert lines[-3].split(maxsplit=4) == ["0", "0.50", ".", "-0.50", "x = 5"]
-    assert lines[-2].split(maxsplit=4) == ["1", ".", ".", "+0.00", "b"]
-    assert lines[-1] == "reward 0, the answer is x = 5; unfinished"
-    assert "\x1b" not in show.as_text(solution())
-
-
-def assert_one_line(done, about):
-    """A program that was refused said why."""
-    code, _, said = done
-    assert code == 1 and "\n" not in said and str(about) in said
-
-
-def test_show(tmp_path, main_of):
-    run = tmp_path / "run"
-    assert_one_line(main_of(show, run), run)
-    write_solutions(run / "episodes" / "000020.jsonl.gz", [solution()] * 3)
-    assert_one_line(main_of(show, run, "--iteration", 3), "--iteration 3 was not stored")
-    assert_one_line(main_of(show, run, "--text", 3), "the iteration has the solutions 0 to 2")
-    assert main_of(show, run, "--text", 2)[1].rstrip().endswith("unfinished")
-    _, output, _ = main_of(show, run, "--out", tmp_path / "page.html")
-    assert "3 solutions of iteration 20" in output
-    assert "run, iteration 20" in (tmp_path / "page.html").read_text()
-    assert_one_line(main_of(show, run, "--picture", tmp_path / "credit.png"), "has no wrong solution to draw")
-    drop = solution() | dict(reward=0.0, finished=True)
-    write_solutions(run / "episodes" / "000021.jsonl.gz", [drop])
-    assert main_of(show, run, "--picture", tmp_path / "credit.png")[0] == 0
-    assert (tmp_path / "credit.png").stat().st_size > 5_000
-
-
-def test_plot(tmp_path, main_of):
-    runs = tmp_path / "run", tmp_path / "other"
-    assert_one_line(main_of(plot, runs[0]), runs[0])
-    for run, rate in zip(runs, (0.1, 0.2)):
-        run.mkdir()
-        lines = [json.dumps(line) + "\n" for line in result([0.1, 0.2])["curve"]]
-        (run / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 11, "rew')  # killed while it wrote
-        settings = dict(dataset="arithmetic", algorithm="vineppo", learning_rate=rate, run_dir=str(run))
-        (run / "settings.json").write_text(json.dumps(settings))
-    for chosen, picture in ((runs[:1], "one.png"), (runs, "both.png")):
-        code, output, _ = main_of(plot, *chosen, "--out", tmp_path / picture)
-        assert code == 0 and (tmp_path / picture).stat().st_size > 20_000
-    assert "learning_rate 0.1" in output and "learning_rate 0.2" in output
-    assert "run_dir" not in output
+        assert plan.results.with_name(picture).stat().st_size > 20_000
 
 
 # --- the analysis of values ---
@@ -240,7 +270,8 @@ def test_plot(tmp_path, main_of):
 def test_an_older_runs_settings_are_read_without_what_is_gone(tmp_path):
     older = dict(dataset="arithmetic", model="runs/sft", K=4, grader_workers=2, keep_checkpoints=2, plan=None)
     (tmp_path / "settings.json").write_text(json.dumps(older))
-    s = values.settings_of(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    s = common.Checkpoint(tmp_path).s
     assert (s.dataset, s.model, s.K) == ("arithmetic", "runs/sft", 4)
 
 
@@ -291,16 +322,16 @@ def test_a_run_stands_for_the_policy_that_it_began_from(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "40").mkdir(parents=True)
     with pytest.raises(ValueError, match="neither a RUN of train.py nor its RUN/checkpoints/N"):
-        values.check_checkpoints([run])
+        common.read_checkpoints([run])
     (run / "settings.json").write_text(json.dumps(dict(dataset="arithmetic", model=str(tmp_path / "sft"))))
     with pytest.raises(ValueError, match="there is no model in .*sft"):
-        values.check_checkpoints([run])
+        common.read_checkpoints([run])
     for folder in (tmp_path / "sft", run / "checkpoints" / "40"):
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
-    values.check_checkpoints([run, run / "checkpoints" / "40"])
-    assert values.model_of(run, values.settings_of(run)) == tmp_path / "sft"
-    assert [values.name_of(path) for path in (run, run / "checkpoints" / "40")] == ["run-0", "run-40"]
+    before, after = common.read_checkpoints([run, run / "checkpoints" / "40"])
+    assert (before.model, before.name) == (tmp_path / "sft", "run-0")
+    assert (after.model, after.name) == (run / "checkpoints" / "40", "run-40")
 
 
 # --- the analysis of gradients ---
@@ -327,7 +358,6 @@ def test_the_estimators_get_their_own_rollouts_and_count_their_tokens():
     assert at["K=1"] == [[0.0, -1.0], [-1.0, 1.0]] and at["exact values"] == [[0.0, -0.5], [0.0, 0.5]]
     target, baseline = 0.5 * 1 / 3 + 0.5 * 0, [2 / 3, 0.5 * 1 / 3 + 0.5 * 2 / 3]
     assert at["K=3, l=m=0.5"][0] == pytest.approx([target - baseline[0], 0 - baseline[1]])
-    assert at["K=3, shared"][0] == pytest.approx([1 / 3 - 3 / 4, 0 - 1 / 3])  # the other's reward is 1
     assert at["RLOO"] == [[-1.0] * 2, [1.0] * 2]
     tokens = {name: count for name, (_, count) in found.items()}
     assert tokens["K=9"] == 3 * 9 * 2 and tokens["K=1"] == 3 * 2 and tokens["exact values"] == 3 * 2 * 2
@@ -355,9 +385,9 @@ def test_ratios_of_second_moments_and_the_tokens_of_a_response_token(tmp_path):
     rows = gradients.rows_of(result)
     assert rows["K=9"] == (1.0, 0.0, 3.0)
     assert rows["RLOO"] == (pytest.approx(2.0), pytest.approx(0.0, abs=1e-12), 0.0)
-    folder = tmp_path / "gradients"
-    values.write(folder / "run-40.json", result)
-    gradients.draw(folder)
+    stored = result | dict(name="run-40", batches=common.columns_of(batches))
+    common.append(tmp_path / "gradients.jsonl", stored)
+    gradients.draw(tmp_path / "gradients.jsonl")
     assert "| RLOO | 2.00 ± 0.00 |  |  |  | 0.0 |" in (tmp_path / "gradients.md").read_text()
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
 
@@ -374,7 +404,7 @@ def test_signal_and_noise_of_gradients_that_are_known():
             batch["estimators"][name] = (sample @ sample).item()
     result = dict(products=products, batches=batches)
     for name, variance in (("K=9", 2.0), ("RLOO", 6.0)):
-        signal, error = gradients.jackknife(lambda b, name=name: gradients.moments(result, name, b)[0])
+        signal, error = gradients.signal_and_error(result, name)
         assert 0 < error < 0.2 and abs(signal - 1) < 3 * error
         assert gradients.moments(result, name)[1] == pytest.approx(variance, rel=0.1)
     ratio, error = gradients.noise_ratio(result, "RLOO", "K=9")
@@ -426,6 +456,21 @@ def test_the_squared_gradient_is_that_of_these_advantages_alone(tiny_model, devi
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_products_of_gradients_count_one_copy_of_two_machines():
+    """Of four ranks two each hold a copy: their shards' products add up to the gradient's, whatever the mesh."""
+    whole = torch.arange(1.0, 9.0).reshape(4, 2)
+    for shape, placements in (((4,), [Shard(0)]), ((2, 2), [Replicate(), Shard(0)])):
+        total = 0.0
+        for rank in range(4):
+            mine = whole.chunk(shape[-1])[rank % shape[-1]]
+            grad = SimpleNamespace(to_local=lambda mine=mine: mine, placements=placements)
+            grad.device_mesh = SimpleNamespace(shape=shape)
+            policy = SimpleNamespace(parameters=lambda grad=grad: [SimpleNamespace(grad=grad)])
+            gradient = gradients.own_gradient(policy)
+            total += (gradient @ gradient).item()
+        assert total == pytest.approx((whole**2).sum().item())
+
+
 def test_the_second_half_of_the_batches_is_measured_along_the_first(device, monkeypatch):
     """Made-up gradients: of K = 9 (3, 4) in the first half, then (1, 1); of RLOO always (0, 5)."""
     made, count, half = {"K=9": (3.0, 4.0), "RLOO": (0.0, 5.0)}, [0], 2 * gradients.BLOCKS
@@ -464,18 +509,10 @@ def test_a_run_of_the_comparison_can_be_made_again_by_its_name(main_of, monkeypa
     assert "compare.py worded run --only search-grpo-lr" in said
 
 
-def test_the_control_whitens_what_a_group_gives(monkeypatch):
-    found = []
-    monkeypatch.setattr(Group, "whiten", False)
-    monkeypatch.setattr(train, "main", lambda: found.append(Group.whiten))
-    whitened.main()
-    assert found == [True]
-
-
 def test_peers_takes_ratios_round_by_round(tmp_path, monkeypatch, main_of):
-    monkeypatch.setattr(peers, "RESULTS", tmp_path / "peers.json")
+    monkeypatch.setattr(peers, "RESULTS", tmp_path / "peers.jsonl")
     code, _, said = main_of(peers, "--draw")
-    assert code == 1 and "peers.json is missing" in said
+    assert code == 1 and "there are no results in" in said
     code, _, said = main_of(peers, "--model", tmp_path)
     assert code == 1 and f"--model {tmp_path} is no model's folder" in said
     other = dict(cpu=1.0, gb=1.0, accuracy_20=0.5, accuracy_60=0.5)
@@ -483,8 +520,8 @@ def test_peers_takes_ratios_round_by_round(tmp_path, monkeypatch, main_of):
         dict(trl=dict(wall=2.0), vineppo=dict(wall=1.0)),
         dict(trl=dict(wall=4.0), vineppo=dict(wall=4.0)),
     ]
-    rounds = [{name: found | other for name, found in r.items()} for r in rounds]
-    (tmp_path / "peers.json").write_text(json.dumps(rounds))
+    for r in rounds:
+        common.append(peers.RESULTS, {name: found | other for name, found in r.items()})
     assert main_of(peers, "--draw")[0] == 0
     # (1 / 2 + 4 / 4) / 2, not 5 / 6; standard errors of two values: half their difference
     line = "| wall seconds an iteration | 3.000 ± 1.000 | 2.500 ± 1.500 | 0.75 ± 0.25 |"

@@ -8,7 +8,7 @@ from conftest import ROOT, python
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import train
-from experiments import plan
+from tools import plan
 
 SIZES = dict(  # as published
     rho=dict(
@@ -90,8 +90,8 @@ def test_a_recipe_is_accepted_and_fits_as_it_says(gpus, gigabytes, command, trai
     train.check(s, gpus)
     machine = int(next((w.split("=")[1] for w in words if w.startswith("--nproc_per_node=")), 1))
     assert gpus == machine * (2 if "--nnodes" in words else 1)
-    config, ranks = SHAPES[s.model], machine if s.hybrid_sharding else gpus
-    needs = plan.memory(config, s, ranks, gpu_bytes)
+    config = SHAPES[s.model]
+    needs = plan.memory(config, s, machine, gpu_bytes)
     assert plan.fits(needs, plan.kv_tokens(config, s, gpu_bytes), s, gpu_bytes)
     found = [sum(needs[phase].values()) / 1e9 for phase in ("training", "sampling")]
     assert found == [pytest.approx(float(told), abs=0.06) for told in (training, sampling)]

@@ -15,7 +15,7 @@ import pytest
 from conftest import python, settings
 from test_plan import config_of, training
 
-from experiments.plan import REST
+from tools.plan import REST
 
 TINY = dict(
     vocab_size=100, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sft
 import train
+from experiments import common
 
 # small enough for seconds: every iteration is 4 problems x 2 responses, K = 2
 SMALL = [
@@ -59,9 +60,9 @@ def test_two_ranks_learn_arithmetic(tmp_path, sft_policy):
         "000001.jsonl.gz",
         "000010.jsonl.gz",
     ]
-    page = python("experiments/show.py", run)
+    page = python("tools/show.py", run)
     assert page.returncode == 0 and "64 solutions of iteration 10" in page.stdout, page.stderr
-    plot = python("experiments/plot.py", run)
+    plot = python("tools/plot.py", run)
     assert plot.returncode == 0 and (run / "curves.png").stat().st_size > 10_000, plot.stderr
 
 
@@ -229,47 +230,28 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
     assert all(abs(line["explained_variance"]) < 10 and line["value_loss"] >= 0 for line in lines)
 
     # the analysis of values, on that run's policy and critic
-    arguments = [
-        "--problems",
-        3,
-        "--ranked",
-        2,
-        "--truth_rollouts",
-        8,
-        "--results",
-        tmp_path / "results" / "values",
-    ]
+    results = tmp_path / "results" / "values.jsonl"
+    arguments = ["--problems", 3, "--ranked", 2, "--truth_rollouts", 8, "--results", results]
     done = python("experiments/values.py", tmp_path / "run" / "checkpoints" / "3", *arguments)
     assert done.returncode == 0, done.stderr
-    (found,) = (tmp_path / "results" / "values").glob("run-3.json")
-    found = json.loads(found.read_text())
+    found = common.newest(results)["run-3"]
     for row in found["states"]:  # an untrained policy is never right
-        assert (
-            row["truth"] == row["error"] == row["K=9"] == row["constant"] == 0
-            and 0 <= row["position"] < 1
-            and "value network" in row
-        )
-    assert (tmp_path / "results" / "values-run-3.png").exists() and "## run-3" in (
-        tmp_path / "results" / "values.md"
-    ).read_text()
+        assert row["truth"] == row["error"] == row["K=9"] == row["constant"] == 0
+        assert 0 <= row["position"] < 1 and "value network" in row
+    assert (tmp_path / "results" / "values-run-3.png").exists()
+    assert "## run-3" in (tmp_path / "results" / "values.md").read_text()
 
     # and of gradients, also of the policy that the run began from
-    arguments = [
-        "--batches",
-        10,
-        "--only",
-        "RLOO",
-        "value network",
-        "--results",
-        tmp_path / "results" / "gradients",
-    ]
+    results = tmp_path / "results" / "gradients.jsonl"
+    arguments = ["--batches", 10, "--only", "RLOO", "value network", "--results", results]
     run = tmp_path / "run"
     done = python("experiments/gradients.py", run, run / "checkpoints" / "3", *arguments)
     assert done.returncode == 0, done.stderr
     for name, with_network in (("run-0", False), ("run-3", True)):
-        found = json.loads((tmp_path / "results" / "gradients" / f"{name}.json").read_text())
-        assert len(found["batches"]) == 10 and set(map(len, found["products"]["K=9"])) == {10}
-        for batch in found["batches"]:
+        found = common.newest(results)[name]
+        batches = common.rows_of(found["batches"])
+        assert len(batches) == 10 and set(map(len, found["products"]["K=9"])) == {10}
+        for batch in batches:
             squares = batch["estimators"]
             assert squares["K=9"] == squares["RLOO"] == 0
             assert ("value network" in squares) == with_network and batch["tokens"]["K=9"] > 0

@@ -1,14 +1,31 @@
-"""docs/walkthrough.md against the code that it explains."""
+"""docs/walkthrough.md: its marked places, what its sentences say of the tables, and the program that fills them.
+
+The numbers belong to a machine; `python experiments/walkthrough.py --check` compares them there.
+"""
 
 import re
+import statistics
+from types import SimpleNamespace
 
 import pytest
 
+import train
 from episode import Episode, State
 from experiments import walkthrough
 from steps import split_steps
 
 PAGE = walkthrough.PAGE.read_text()
+PLACES = walkthrough.places(PAGE)
+
+
+def rows(name):
+    """The cells of the tables in a place, without heads."""
+    lines = [line for line in PLACES[name].splitlines() if line.startswith("|")]
+    rules = [i for i, line in enumerate(lines) if set(line) <= set("|-")]
+    cells = [re.split(r" (?<!\\)\| ", line.strip("| ") + " ") for line in lines]
+    return [
+        [cell.strip() for cell in c] for i, c in enumerate(cells) if i not in rules and i + 1 not in rules
+    ]
 
 
 def test_every_link_names_the_line_of_its_function():
@@ -18,29 +35,82 @@ def test_every_link_names_the_line_of_its_function():
     assert walkthrough.relinked(PAGE.replace("#L", "#L1")) == PAGE
 
 
-def test_the_text_of_the_page_is_that_of_the_program():
-    """But for what the run fills in."""
-    parts = re.split(r"\{(?:\w+(?:\.\w+|\[[\w.:]+\])?(?::\w+)?)\}", walkthrough.TEXT)
-    page, position = " ".join(PAGE.split()), 0
-    for part in parts:
-        words = " ".join(part.replace("{{", "{").replace("}}", "}").split())
-        assert (position := page.find(words, position)) >= 0, words
+def test_the_marks_come_in_pairs_and_no_mark_in_a_sentence_begins_a_line():
+    """One that does would begin a block of HTML, and end the paragraph."""
+    names = re.findall(r"<!-- (\w+) -->", PAGE)
+    assert names == [*PLACES] == re.findall(r"<!-- /(\w+) -->", PAGE) and len(names) > 20
+    assert PAGE.count("<!--") == 2 * len(names)
+    for line in PAGE.splitlines():
+        assert not line.startswith("<!--") or re.fullmatch(r"<!-- /?\w+ -->", line), line
+
+
+def test_the_program_fills_the_marked_places_alone():
+    text = "It has <!-- a -->1<!-- /a --> and\n<!-- b -->\n```\n2\n```\n<!-- /b -->\nend"
+    found = walkthrough.filled(text, {"a": r"\1", "b": "x\ny"})
+    assert found == "It has <!-- a -->\\1<!-- /a --> and\n<!-- b -->\nx\ny\n<!-- /b -->\nend"
+    assert walkthrough.places(found) == {"a": r"\1", "b": "x\ny"}
+    assert walkthrough.filled(PAGE, PLACES) == PAGE
+
+
+def test_a_check_names_the_places_that_differ_and_writes_nothing(tmp_path, capsys):
+    path = tmp_path / "page.md"
+    text = "<!-- a -->1<!-- /a -->, <!-- b -->2<!-- /b --> [vine.Vine](../vine.py#L0)"
+    check, fill = (SimpleNamespace(page=path, check=check) for check in (True, False))
+
+    def finish(how, found):
+        path.write_text(text)
+        code = walkthrough.finish(how, text, found)
+        return code, capsys.readouterr().err, path.read_text() == text
+
+    assert finish(check, dict(a="1", b="3")) == (1, f"walkthrough.py: {path} differs in b, links\n", True)
+    odd = f"walkthrough.py: only one of {path} and this program has b, c\n"
+    assert finish(check, dict(a="1", c="3")) == finish(fill, dict(a="1", c="3")) == (1, odd, True)
+    assert finish(fill, dict(a="1", b="3")) == (0, "", False)
+    assert walkthrough.finish(check, path.read_text(), dict(a="1", b="3")) == 0
+
+
+def test_the_sentences_say_what_the_tables_say():
+    """Each place inside of a sentence, against the blocks and the settings."""
+    values, whitened, five = rows("values"), rows("whitened"), rows("five")
+    assert all(row[1].endswith(f"/{PLACES['K']}") for row in values)
+    states = re.findall(r"\bs_\d", PLACES["states"])
+    assert PLACES["count"] == f"{len(states)} states for {len(rows('steps'))} steps" and len(states) > 5
+    advantages = [float(a) for _, _, tokens, a, *_ in whitened for _ in range(int(tokens))]
+    count, mean, deviation = re.fullmatch(r"(\d+) tokens, mean (.+), .* (.+)", PLACES["moments"]).groups()
+    assert int(count) == len(advantages)
+    assert float(mean) == pytest.approx(statistics.mean(advantages), abs=5e-5)
+    assert float(deviation) == pytest.approx(statistics.stdev(advantages), abs=5e-5)
+    s = train.parse_settings(["--dataset", "arithmetic"])
+    assert (float(PLACES["rate"]), float(PLACES["kl_coef"])) == (s.learning_rate, s.kl_coef)
+    assert f"samples responses at temperature {s.temperature:g} " in PAGE and len(five) == 5
+    wrong = values[len(values) // 2 :]
+    falls = [float(re.search(r"= (\S+) ±", row[3])[1]) for row in wrong]
+    assert wrong[falls.index(min(falls))][0] == PLACES["fallen"]
+    first = rows("blame")[0]
+    # the blamed token, if it is among the five, is there with the same log-probabilities
+    same = [row for row in five if row[0].startswith("wrong") and row[0].endswith(PLACES["unsure"])]
+    assert PLACES["unsure"].strip("`") in PLACES["fallen"]
+    assert any(row[1:3] == first[1:3] for row in same) or not same
 
 
 def test_the_values_of_the_page_make_its_advantages():
-    rows = re.findall(r"\| (\d)/9 \| (?:(\d)/9|R = (\d)) \| ([-+]\d)/9 = ([-+]\d\.\d\d) ± ", PAGE)
-    assert len(rows) > 6
-    for before, after, reward, ninths, advantage in rows:
-        assert int(after or 9 * int(reward)) - int(before) == int(ninths)
-        assert float(advantage) == pytest.approx(int(ninths) / 9, abs=0.0051)
-    for ours, hand in re.findall(r"\| ([-+]?\d\.\d{5}) \| ([-+]?\d\.\d{5}) \|", PAGE):
-        assert float(ours) == pytest.approx(float(hand), abs=2e-5)
+    found = rows("values")
+    assert len(found) > 6
+    for _, before, after, advantage in found:
+        ninths = re.fullmatch(r"(\d)/9", after) or re.fullmatch(r"R = (\d)", after)
+        change = int(ninths[1]) * (9 if after.startswith("R") else 1) - int(before[0])
+        told, rounded = re.match(r"([-+]\d)/9 = (\S+) ± ", advantage).groups()
+        assert int(told) == change and float(rounded) == pytest.approx(change / 9, abs=0.0051)
+    pairs = [row[-2:] for row in rows("whitened") + rows("together")]
+    assert len(pairs) > 10
+    for by_function, by_formula in pairs:
+        assert float(by_function) == pytest.approx(float(by_formula), abs=2e-5)
 
 
 def test_the_section_about_latex_is_what_the_rules_make_of_it():
-    assert walkthrough.latex().strip() in PAGE
-    parts = walkthrough.across_a_cut()
-    assert parts["tokens"].strip() in PAGE and parts["spanning"] == ".⏎The"
+    for name, text in walkthrough.about_latex().items():
+        assert PLACES[name] == text, name
+    assert PLACES["spanning"] == "`.⏎The`"
     cuts = split_steps(walkthrough.SOLUTION)
     rules = {walkthrough.rule_of(walkthrough.SOLUTION, cut).split(":")[0] for cut in cuts[:-1]}
     assert len(rules) == 5
