@@ -1,10 +1,14 @@
-"""The programs in tools/: show and plot. test_plan.py has plan."""
+"""The programs in tools/: show, plot and report. test_plan.py has plan."""
 
 import json
 import re
+import sys
+from types import SimpleNamespace
+
+import pytest
 
 from support.run_folder import write_solutions
-from tools import plot, show
+from tools import plot, report, show
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 & \u202e \x1b[2J"
 
@@ -70,3 +74,76 @@ def test_plot(tmp_path, main_of):
         assert code == 0 and (tmp_path / picture).stat().st_size > 20_000
     assert "learning_rate 0.1" in output and "learning_rate 0.2" in output
     assert "run_dir" not in output and "clip" not in output
+
+
+# --- report ---
+
+
+def write_run(folder, lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text('{"K": 4}')
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+LINES = [{"iteration": 0, "accuracy": 0.5}, {"iteration": 1, "reward": 0.25, "kl": None}]
+
+
+def test_metrics_go_to_tensorboard_once_however_often_they_are_sent(tmp_path, main_of):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_run(tmp_path / "run", LINES)
+    for _ in range(2):
+        assert main_of(report, tmp_path / "run", "--to", "tensorboard")[0] == 0
+    found = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert set(found.Tags()["scalars"]) == {"iteration", "accuracy", "reward"}
+    assert [(e.step, e.value) for e in found.Scalars("reward")] == [(1, 0.25)]
+
+
+def test_a_run_goes_on_in_the_same_place_of_wandb(tmp_path, monkeypatch, main_of):
+    starts, logged = [], []
+
+    class Place:
+        step = property(lambda self: len(logged))
+
+        def log(self, line, step):
+            logged.append((step, line))
+
+        def finish(self):
+            pass
+
+    double = SimpleNamespace(
+        init=lambda **options: starts.append(options) or Place(),
+        util=SimpleNamespace(generate_id=lambda: f"id{len(starts)}"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", double)
+    write_run(tmp_path / "run", LINES[:1])
+    main_of(report, tmp_path / "run", "--to", "wandb")
+    write_run(tmp_path / "run", LINES)
+    main_of(report, tmp_path / "run", "--to", "wandb")
+    assert [start["id"] for start in starts] == ["id0", "id0"] and starts[0]["config"] == {"K": 4}
+    assert logged == [(0, LINES[0]), (1, LINES[1])]
+
+
+def test_lines_are_followed_until_the_run_has_ended(tmp_path):
+    """A line that is half written is read once it is whole."""
+    write_run(tmp_path, LINES)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"iteration": 2, "rew')
+    lines = report.lines_of(tmp_path, follow=True, seconds=0.0)
+    assert [next(lines), next(lines)] == LINES
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('ard": 1}\n')
+    assert next(lines) == {"iteration": 2, "reward": 1}
+    write_run(tmp_path, LINES[:1])  # resumed from an earlier checkpoint
+    with pytest.raises(SystemExit, match="start report.py again"):
+        next(lines)
+    write_run(tmp_path, LINES)
+    (tmp_path / "model").mkdir()
+    assert list(report.lines_of(tmp_path, follow=True)) == LINES
+
+
+def test_report_says_what_is_missing(tmp_path, monkeypatch, main_of):
+    assert "holds no metrics.jsonl" in main_of(report, tmp_path, "--to", "wandb")[2]
+    write_run(tmp_path, LINES)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "--to wandb needs a package that is not installed" in main_of(report, tmp_path, "--to", "wandb")[2]
