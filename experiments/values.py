@@ -213,10 +213,11 @@ def problems_of(path, s, needed):
     """(training problems, test problems), encoded. Raises ValueError for fewer than `needed` of the latter."""
     import data
     from support.pretrained import read_tokenizer
+    from support.run_folder import first_day
 
-    tokenizer, limit = read_tokenizer(path), s.max_sequence - s.max_tokens
+    tokenizer, limit, day = read_tokenizer(path), s.max_sequence - s.max_tokens, first_day(Path(s.run_dir))
     splits = data.load(s.dataset, s.prompt_template, s.chat)
-    training, test = (data.encode(problems, tokenizer, limit, s.chat)[0] for problems in splits)
+    training, test = (data.encode(problems, tokenizer, limit, s.chat, day)[0] for problems in splits)
     if len(test) < needed:
         what = "--problems and --ranked together"
         raise ValueError(f"{what} need {needed} test problems; {s.dataset} has {len(test)}")
@@ -539,13 +540,17 @@ def run(name, a, check, measure, draw):
     """A program that measures checkpoints: check(a) or one line, measure(a, device, watch), draw(folder)."""
     if a.draw:
         return draw(a.results)
+    import model  # noqa: F401 (check_supported needs its attention)
     from support.ranks import check_gpus, exit_all, init_distributed, refuse
+    from support.supported import check_supported
     from support.watch import Watch
 
     try:
         check_gpus()
         check_checkpoints(a.checkpoints)
         check(a)
+        for folder in {str(model_of(path, settings_of(path))) for path in a.checkpoints}:
+            check_supported(folder)
     except ValueError as error:
         refuse(f"{name}.py: {error}")
     device = init_distributed()
