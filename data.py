@@ -10,12 +10,15 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
 from grader import Grader
 from grading import boxed, extract_answer
 from support.files import FILE_TYPES, only_file, read_rows
+from support.model_files import in_one_line
+from support.pretrained import end_of_turn
 from tasks import arithmetic, worded
 
 # All four models of the paper were tuned on this prompt; the response begins right after it.
@@ -97,44 +100,45 @@ def load(dataset, template=None, chat=False):
     )
 
 
-def encode(problems, tokenizer, max_prompt, chat=False):
+def encode(problems, tokenizer, max_prompt, chat=False, day=None):
     """The problems with the token ids of their prompts, by the tokenizer's own rule for BOS, or
-    inside its chat template.
+    inside its chat template. day: a date, what the chat template takes for today.
 
     Returns (kept, skipped): skipped counts the problems that are left out, since their prompt is
     longer than max_prompt.
     """
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {tokenizer.name_or_path} has no chat template")
-    texts = [_rendered(p.prompt, tokenizer, chat) for p in problems]
+    texts = [_rendered(p.prompt, tokenizer, chat, day) for p in problems]
     ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a chat template writes its own BOS
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for i, p in enumerate(problems):
         if any(token in p.text for token in special):
-            ids[i] = _with_problem_as_text(p, tokenizer, chat)
+            ids[i] = _with_problem_as_text(p, tokenizer, chat, day)
     ids = [_to_be_continued(i, text, tokenizer) for i, text in zip(ids, texts)]
     kept = [replace(p, prompt_ids=i) for p, i in zip(problems, ids) if len(i) <= max_prompt]
     return kept, len(problems) - len(kept)
 
 
-def _rendered(prompt, tokenizer, chat):
+def _rendered(prompt, tokenizer, chat, day):
     """The prompt, inside the tokenizer's chat template with chat."""
     if not chat:
         return prompt
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    options = dict(add_generation_prompt=True, tokenize=False, strftime_now=(day or date.today()).strftime)
+    with in_one_line(f"--chat: the chat template of {tokenizer.name_or_path} writes no prompt"):
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
 
 
-def _with_problem_as_text(p, tokenizer, chat):
+def _with_problem_as_text(p, tokenizer, chat, day):
     """Ids of a prompt whose problem spells special tokens: as plain text, so that none is obeyed."""
     mark = "\ue000"  # of private use
-    before, after = _rendered(p.prompt.replace(p.text, mark), tokenizer, chat).split(mark)
+    before, *parts = _rendered(p.prompt.replace(p.text, mark), tokenizer, chat, day).split(mark)
     text = dict(add_special_tokens=False)
-    return [
-        *tokenizer(before, add_special_tokens=not chat)["input_ids"],
-        *tokenizer(p.text, split_special_tokens=True, **text)["input_ids"],
-        *tokenizer(after, **text)["input_ids"],
-    ]
+    ids = _to_be_continued(tokenizer(before, add_special_tokens=not chat)["input_ids"], before, tokenizer)
+    for after in parts:
+        ids += tokenizer(p.text, split_special_tokens=True, **text)["input_ids"]
+        ids += tokenizer(after, **text)["input_ids"]
+    return ids
 
 
 def _to_be_continued(ids, text, tokenizer):
@@ -145,19 +149,22 @@ def _to_be_continued(ids, text, tokenizer):
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def encode_splits(splits, tokenizer, s, say=None):
+def encode_splits(splits, tokenizer, s, say=None, day=None):
     """The problems of each split, encoded; raises ValueError if none of a split has a prompt that
     is short enough.
 
-    s: settings with max_sequence, max_tokens and chat. say: prints how many were skipped.
+    s: settings with max_sequence, max_tokens and chat. say: prints how many were skipped. day: see encode.
     """
     limit = s.max_sequence - s.max_tokens
-    encoded, skipped = zip(*(encode(problems, tokenizer, limit, s.chat) for problems in splits))
+    encoded, skipped = zip(*(encode(problems, tokenizer, limit, s.chat, day) for problems in splits))
     if not all(encoded):
         raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {limit} tokens")
     check_golds([p for split in encoded for p in split], say)
     if say:
         _say_what_repeats(encoded, say)
+    if say and s.chat and (end := end_of_turn(tokenizer)) != tokenizer.eos_token:
+        ends = f"a response ends at {end}, too, which ends" if end else "name a --stop: no token ends"
+        say(f"--chat: {ends} an assistant's turn in the chat template")
     if sum(skipped) and say:
         say(f"skipped {sum(skipped)} problems: their prompts are longer than --max_sequence - --max_tokens")
     return encoded
@@ -225,7 +232,9 @@ def _problem(where, row):
     answer = _as_text(row.get("answer"), where)
     solution = row.get("solution") or ""
     if not isinstance(solution, str):
-        raise ValueError(f"{where}: its solution is no text but {type(solution).__name__}")
+        if not answer:
+            raise ValueError(f"{where}: its solution is no text but {type(solution).__name__}")
+        solution = ""  # only sft.py reads it
     if "####" in answer or "\\boxed" in answer:  # GSM8K's answer column is a solution
         solution, answer = answer, ""
     answer = answer or _gold(solution)

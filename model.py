@@ -19,9 +19,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
-from support.pretrained import check_config, generation_config, local_folder
+from support.model_files import local_folder
+from support.pretrained import check_config, generation_config
 
 # --- the policy ---
 
@@ -222,45 +222,6 @@ def load_sharded(
     return model
 
 
-def check_supported(path, sequences=(), trust_remote_code=False):
-    """Raise ValueError for a model that could not be trained right; its weights are not read.
-
-    sequences: lists of token ids, which its embedding must have. Two packed sequences pass through
-    the model on the meta device, which has shapes and no numbers.
-    """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    check_config(config, path)
-    config.pad_token_id = None  # some models look for it among the ids
-    layers, attentions = config.get_text_config().num_hidden_layers, set()
-    refused = f"--model {path} ({config.model_type}) cannot be trained here"
-
-    def attention(module, *tensors, **options):
-        attentions.add(module)
-        return packed_attention(module, *tensors, **options)
-
-    AttentionInterface.register("counted", attention)
-    options = dict(attn_implementation="counted", trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, **options).requires_grad_(False).eval()
-        row, begins = torch.zeros(1, 4, dtype=torch.long), torch.zeros(3, dtype=torch.int32)
-        tensors, rows = network.state_dict(), network.get_input_embeddings().num_embeddings
-        stored, largest = revert_weight_conversion(network, tensors), max(map(max, sequences), default=0)
-        if largest >= rows:
-            raise ValueError(f"{refused}: its tokenizer gives id {largest}, its embedding has {rows} rows")
-        if len(stored) > len(tensors):
-            packed = f"transformers packs the {len(stored)} tensors of its files into {len(tensors)}"
-            raise ValueError(f"{refused}: {packed}, which the engine does not take (mixture of experts)")
-        try:
-            network.base_model(row, position_ids=row, use_cache=False, lengths=[2, 2], cu_seqlens=begins)
-        except ValueError as error:
-            raise ValueError(f"{refused}: {error}") from None
-        except RuntimeError:  # it looks at numbers
-            return
-    if len(attentions) != layers:
-        few = f"{len(attentions)} of its {layers} layers have attention"
-        raise ValueError(f"{refused}: {few}, the others would mix packed sequences")
-
-
 # --- saving ---
 
 
@@ -285,15 +246,25 @@ def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
     dist.barrier()
 
 
+def adam_state(network, optimizer):
+    """(weights, state of the optimizer) of a sharded network."""
+    fresh = not optimizer.state
+    state = get_state_dict(network, optimizer)
+    if fresh:  # get_state_dict has made a step without gradients, and Adam would count it
+        for numbers in optimizer.state.values():
+            numbers["step"].zero_()
+    return state
+
+
 def save_state(folder, model, optimizer, step):
     """Write network, optimizer and step count with torch.distributed.checkpoint. All ranks call it."""
-    weights, optimizer = get_state_dict(model.network, optimizer)
+    weights, optimizer = adam_state(model.network, optimizer)
     dcp.save({"model": weights, "optimizer": optimizer, "step": step}, checkpoint_id=folder)
 
 
 def load_state(folder, model, optimizer):
     """Read what save_state wrote, on any number of ranks. Returns the step count."""
-    weights, optimizer_state = get_state_dict(model.network, optimizer)
+    weights, optimizer_state = adam_state(model.network, optimizer)
     state = {"model": weights, "optimizer": optimizer_state, "step": 0}
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(

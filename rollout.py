@@ -26,6 +26,7 @@ loud = torch.cuda.is_available() and os.environ.get("RANK", "0") == "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if loud else "ERROR")
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # while it is imported
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would report home
+os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # it forgets yarn's factor; pretrained.positions knows it
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB per rank; without a GPU only
 # vLLM's own sampling kernels (Triton): FlashInfer's are compiled with ninja and nvcc, or the start fails
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
@@ -38,7 +39,8 @@ from vllm.config import CompilationConfig, CompilationMode
 from vllm.sampling_params import RequestOutputKind
 
 from episode import Completion, Episode, State
-from support.pretrained import local_folder, tokenizer_folder
+from support.model_files import local_folder
+from support.pretrained import end_of_turn, tokenizer_folder
 from support.ranks import drop_shared_memory
 
 
@@ -76,11 +78,12 @@ class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
     s: settings with model, trust_remote_code, bfloat16; max_sequence: tokens of the longest prompt and response
-    together; stop: a string that ends a response, or None; gpu_memory: share of a GPU for weights and KV cache;
-    max_sequences: how many may run at a time, None: 1,024 on GPUs above 70 GiB, else 256;
-    tensor_parallel_size: this many consecutive ranks share one model; they must submit the same requests in the
-    same order, and get the same completions. watch: its step() is called before each step and may raise, to give
-    up what is running; its beat() after each tensor of new weights. None: nobody watches.
+    together; stop: a string that ends a response, or None; chat: the token that ends a turn in the chat template
+    does so, too; gpu_memory: share of a GPU for weights and KV cache; max_sequences: how many may run at a time,
+    None: 1,024 on GPUs above 70 GiB, else 256; tensor_parallel_size: this many consecutive ranks share one model;
+    they must submit the same requests in the same order, and get the same completions. watch: its step() is called
+    before each step and may raise, to give up what is running; its beat() after each tensor of new weights. None:
+    nobody watches.
     """
 
     def __init__(self, s, watch=None):
@@ -125,7 +128,7 @@ class Engine:
         )
         self.llm.apply_model(leave_class_usable)
         self.tokenizer = self.llm.get_tokenizer()
-        self.stop, self.stop_ids = split_stops([s.stop] if s.stop else [], self.tokenizer)
+        self.stop, self.stop_ids = stops(s, self.tokenizer)
         self.max_sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         # the sampler's kernels are compiled at the first step, which takes seconds on a GPU: here, not in a phase
         self.submit(State([0], []), n=1, max_tokens=1, temperature=0.5, top_p=0.5, logprobs=True)
@@ -280,8 +283,12 @@ def leave_class_usable(model):
         cls.__init__ = partialmethod(cls.__init__, vllm_config=plain)
 
 
-def split_stops(stop, tokenizer):
-    """(stop strings, token ids) of stop strings: special tokens, which no decoded text has, are ids."""
+def stops(s, tokenizer):
+    """(strings, token ids) that end a response: special tokens, which no decoded text has, are ids.
+
+    s: settings with stop and chat.
+    """
+    stop = [x for x in (s.stop, end_of_turn(tokenizer) if s.chat else None) if x]
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [x for x in stop if x not in special], [special[x] for x in stop if x in special]
 

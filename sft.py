@@ -10,7 +10,6 @@ The result is a Hugging Face folder: train.py --model takes it.
 import support.startup  # noqa: F401 (before torch is imported)
 
 # isort: split
-import os
 import random
 import sys
 import tempfile
@@ -24,10 +23,11 @@ from transformers.utils import logging
 import data
 from episode import Episode
 from learner import Learner
-from model import check_supported, compute_dtype, load_sharded, save_pretrained
-from support.pretrained import read_tokenizer, tokenizer_folder
-from support.ranks import check_gpus, exit_all, from_rank_0, init_distributed, refuse
+from model import compute_dtype, load_sharded, save_pretrained
+from support.pretrained import positions, read_config, read_tokenizer
+from support.ranks import check_gpus, exit_all, init_distributed, refuse, world_size
 from support.settings import parse, setting
+from support.supported import check_supported
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
 
@@ -48,7 +48,9 @@ class Settings:
     )
     learning_rate: float = setting(1e-5, "peak; 3 percent warm-up, then linear decay to 0", above=0)
     max_tokens: int = setting(2048, "longer sequences are skipped and counted", min=1)
-    prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
+    prompt_template: str | None = setting(
+        None, "prompt with {problem} in it; None: the paper's", is_text=True
+    )
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     seed: int = setting(0, "of the weights and of the order of the sequences")
 
@@ -103,45 +105,44 @@ def batches(count, size, total, seed):
         yield chosen[dist.get_rank() :: dist.get_world_size()]
 
 
+def prepare(s, scratch):
+    """(tokenizer, episodes, how many were too long) of the settings; raises ValueError.
+
+    Without a --model each rank writes the built-in task's into scratch, the same one.
+    """
+    world = world_size()
+    problems = [p for p in data.load(s.dataset, s.prompt_template, s.chat)[0] if p.solution]
+    if not problems:
+        raise ValueError(f"--dataset {s.dataset} has no solutions to learn from: it needs a solution column")
+    if s.dataset not in data.BUILT_IN and s.model is None:
+        raise ValueError("--model is missing: name the Hugging Face folder or hub model to fine-tune")
+    if s.batch % world:
+        raise ValueError(f"--batch {s.batch} does not divide over {world} ranks: take a multiple of {world}")
+    if s.model is None:
+        data.BUILT_IN[s.dataset].tiny_model(scratch, s.seed)
+        s.model = scratch
+    limit = positions(read_config(s.model)) or s.max_tokens
+    tokenizer = read_tokenizer(s.model)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of --model {s.model} has no EOS token to end responses with")
+    episodes, skipped = sequences(problems, tokenizer, min(limit, s.max_tokens), s.chat)
+    if len(episodes) < world:
+        total = len(episodes) + skipped
+        raise ValueError(f"{len(episodes)} of {total} sequences are within --max_tokens {s.max_tokens}")
+    check_supported(s.model, [e.prompt_ids + e.response_ids for e in episodes])
+    return tokenizer, episodes, skipped
+
+
 def main():
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        check_gpus()
-        s, _ = parse(Settings, sys.argv[1:], __doc__, PRESETS, other={})
-        problems = [p for p in data.load(s.dataset, s.prompt_template, s.chat)[0] if p.solution]
-        if not problems:
-            raise ValueError(
-                f"--dataset {s.dataset} has no solutions to learn from: it needs a solution column"
-            )
-        if s.dataset not in data.BUILT_IN and s.model is None:
-            raise ValueError("--model is missing: name the Hugging Face folder or hub model to fine-tune")
-        if s.batch % world:
-            raise ValueError(
-                f"--batch {s.batch} does not divide over {world} ranks: take a multiple of {world}"
-            )
-        if s.model is not None:
-            tokenizer_folder(s.model)
-    except (ValueError, OSError) as error:
-        refuse("sft.py: " + str(error).split("\n")[0])
-    device = init_distributed()
     with tempfile.TemporaryDirectory() as scratch:
-        if s.model is None:
-            if dist.get_rank() == 0:
-                data.BUILT_IN[s.dataset].tiny_model(scratch, s.seed)
-            s.model = from_rank_0(scratch)  # once the model is in it
-        tokenizer = read_tokenizer(s.model)
-        if tokenizer.eos_token_id is None:
-            sys.exit(f"sft.py: the tokenizer of --model {s.model} has no EOS token to end responses with")
-        episodes, skipped = sequences(problems, tokenizer, s.max_tokens, s.chat)
-        if len(episodes) < world:
-            fitting = f"{len(episodes)} of {len(episodes) + skipped} sequences"
-            sys.exit(f"sft.py: {fitting} are within --max_tokens {s.max_tokens}")
         try:
-            check_supported(s.model, [e.prompt_ids + e.response_ids for e in episodes])
-        except ValueError as error:
-            sys.exit(f"sft.py: {error}")
+            check_gpus()
+            s, _ = parse(Settings, sys.argv[1:], __doc__, PRESETS, other={})
+            tokenizer, episodes, skipped = prepare(s, scratch)
+        except (ValueError, OSError) as error:
+            refuse("sft.py: " + str(error).split("\n")[0])
+        device = init_distributed()
         policy = load_sharded(s.model, device)
-        dist.barrier()  # the folder goes when all ranks have loaded it
     first = dist.get_rank() == 0
     if first and skipped:
         total = skipped + len(episodes)

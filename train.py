@@ -27,15 +27,16 @@ from transformers.utils import logging
 import data
 from dealing import DealtVine
 from grader import Grader
-from model import check_supported
 from ppo import Trainer
 from steps import check_rule
 from support.checks import check, check_given
 from support.metrics import evaluation_metrics
-from support.pretrained import fingerprint, load_tokenizer
-from support.ranks import check_gpus, exit_all, init_distributed, refuse
+from support.model_files import fingerprint
+from support.pretrained import load_tokenizer
+from support.ranks import check_gpus, exit_all, init_distributed, refuse, world_size
 from support.run import Run
-from support.settings import parse, setting, unescaped
+from support.settings import parse, setting
+from support.supported import check_supported
 from support.watch import Watch
 
 logging.disable_progress_bar()  # transformers' own bars, one a file
@@ -58,7 +59,9 @@ class Settings:
     iterations: int = setting(1000, "rounds of sampling and update", min=1)
     seed: int = setting(0, "of the problems, the sampling and the minibatches")
     # problems and prompts
-    prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
+    prompt_template: str | None = setting(
+        None, "prompt with {problem} in it; None: the paper's", is_text=True
+    )
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
@@ -77,7 +80,7 @@ class Settings:
     top_p: float = setting(0.9, "nucleus of responses, rollouts and evaluations", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response, and of prefix and rollout together", min=1)
     max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
-    stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
+    stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS", is_text=True)
     # the update
     learning_rate: float = setting(1e-6, "peak; 3 percent warm-up, then linear decay to 0", above=0)
     minibatch: int = setting(64, "responses per optimizer step, over all ranks", min=1)
@@ -129,7 +132,6 @@ def parse_settings(argv):
     s, given = parse(Settings, argv, __doc__, PRESETS, other=dict(model=None))
     check_given(s, given)
     check_rule(s.step_credit)
-    s.stop = unescaped(s.stop)
     s.run_dir = s.run_dir or f"runs/{Path(s.dataset).resolve().stem or 'data'}"
     if s.whiten is None:
         s.whiten = s.algorithm in ("vineppo", "ppo")
@@ -204,7 +206,7 @@ def main():
     try:
         check_gpus()
         s = parse_settings(sys.argv[1:])
-        check(s, int(os.environ.get("WORLD_SIZE", 1)))
+        check(s, world_size())
         run = None if s.eval_only else Run(s)
         if run and run.has_ended():
             if first:
@@ -214,12 +216,16 @@ def main():
             return
         splits = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = load_tokenizer(s)
-        problems, test_problems = data.encode_splits(splits, tokenizer, s, print if first else None)
+        day = run.day if run else None
+        problems, test_problems = data.encode_splits(splits, tokenizer, s, print if first else None, day)
         test_problems = test_problems[: s.eval_problems]
+        if first:
+            ids = [p.prompt_ids for p in problems + test_problems]
+            check_supported(s.model, ids, s.trust_remote_code, critic=run and s.algorithm == "ppo")
         if run and first:
             run.lock()
-            check_supported(s.model, [p.prompt_ids for p in problems + test_problems], s.trust_remote_code)
-            run.check_inputs({"--model": fingerprint(s.model), "--dataset": data.fingerprint(problems)})
+            inputs = {"--model": fingerprint(s.model), "--dataset": data.fingerprint(problems)}
+            run.check_inputs(inputs | {"day": str(run.day)})
     except (ValueError, OSError) as error:
         refuse(f"train.py: {error}")
     device = init_distributed()

@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 import data
 from grader import Grader
-from model import check_supported, compute_dtype, full_tensors, save_pretrained
+from model import compute_dtype, full_tensors, save_pretrained
 from support.checks import check_temperatures
 from support.metrics import Phases, evaluation_metrics
-from support.pretrained import load_tokenizer, local_folder
-from support.ranks import check_gpus, exit_all, gather_lists, init_distributed, refuse
-from support.settings import parse, setting, unescaped
+from support.pretrained import load_tokenizer
+from support.ranks import check_gpus, exit_all, gather_lists, init_distributed, refuse, world_size
+from support.settings import parse, setting
+from support.supported import check_supported
 from support.watch import Watch
 from train import PRESETS
 
@@ -46,13 +47,15 @@ class Settings:
     responses_per_prompt: int = setting(8, "responses sampled for each of them", min=1)
     cap: int = setting(4, "most examples that a problem gives to a round", min=1)
     seed: int = setting(0, "of the problems, the sampling and the order of the examples")
-    prompt_template: str | None = setting(None, "prompt with {problem} in it; None: the paper's")
+    prompt_template: str | None = setting(
+        None, "prompt with {problem} in it; None: the paper's", is_text=True
+    )
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
     temperature: float = setting(0.6, "sampling temperature", above=0)
     top_p: float = setting(0.9, "nucleus of responses and evaluations", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response", min=1)
     max_sequence: int = setting(2048, "token limit of prompt and response together", min=1)
-    stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS")
+    stop: str | None = setting("\n\n\nProblem:", "string that ends a response, besides EOS", is_text=True)
     learning_rate: float = setting(
         1e-5, "peak in each round; 3 percent linear warm-up, then decay to 0", above=0
     )
@@ -66,11 +69,8 @@ class Settings:
     eval_temperature: float = setting(0.35, "sampling temperature of evaluations", min=0)
     gpu_memory: float = setting(0.6, "share of a GPU for the engine while it samples", above=0, max=1)
     max_sequences: int | None = setting(None, "responses that an engine generates at a time", min=1)
-    bfloat16, tensor_parallel_size, trust_remote_code = (
-        None,
-        1,
-        False,
-    )  # what an Engine asks for; no options here
+    # what an Engine asks for; no options here
+    bfloat16, tensor_parallel_size, trust_remote_code = None, 1, False
 
 
 def main(method, doc, settings_class, train_round):
@@ -80,12 +80,12 @@ def main(method, doc, settings_class, train_round):
     episodes: all ranks' graded responses of the round, the same list on every rank; policy: the
     sharded one that sampled them, None in the first round (it is s.model then).
     """
-    world, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
     try:
         check_gpus()
+        world = world_size()
         s, _ = parse(settings_class, sys.argv[1:], doc, PRESETS, other=dict(model=None))
         check_temperatures(s)
-        s.stop = unescaped(s.stop)
         if s.batch % world:
             raise ValueError(
                 f"--batch {s.batch} does not divide over {world} ranks: take a multiple of {world}"
@@ -95,10 +95,9 @@ def main(method, doc, settings_class, train_round):
             raise ValueError(f"--run_dir {run} holds a run already: name another folder")
         splits = data.load(s.dataset, s.prompt_template, s.chat)
         tokenizer = load_tokenizer(s)
-        if getattr(s, "base_model", None):
-            local_folder(s.base_model)
         training, test = data.encode_splits(splits, tokenizer, s, print if first else None)
-        check_supported(s.model, [p.prompt_ids for p in training + test])
+        for model in filter(None, {s.model, getattr(s, "base_model", None)}):
+            check_supported(model, [p.prompt_ids for p in training + test])
     except (ValueError, OSError) as error:
         refuse(f"{method}: {str(error).splitlines()[0]}")
     device = init_distributed()

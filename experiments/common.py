@@ -169,11 +169,13 @@ class Checkpoint:
         """Set training and test, the encoded problems. Raises ValueError for fewer than `needed` test problems."""
         import data
         from support.pretrained import read_tokenizer
+        from support.run_folder import first_day
 
         s, tokenizer = self.s, read_tokenizer(self.model)
+        day = first_day(Path(s.run_dir))
         splits = data.load(s.dataset, s.prompt_template, s.chat)
         limit = s.max_sequence - s.max_tokens
-        self.training, self.test = (data.encode(part, tokenizer, limit, s.chat)[0] for part in splits)
+        self.training, self.test = (data.encode(part, tokenizer, limit, s.chat, day)[0] for part in splits)
         if len(self.test) < needed:
             raise ValueError(
                 f"--problems and --ranked together need {needed} test problems; {s.dataset} has {len(self.test)}"
@@ -259,12 +261,16 @@ def measure_checkpoints(program, a, check, measure, draw, needed=0):
     """
     if a.draw:
         return draw(a.results)
+    import model  # noqa: F401 (check_supported needs its attention)
     from support.ranks import check_gpus, exit_all, init_distributed, refuse
+    from support.supported import check_supported
 
     try:
         check_gpus()
         checkpoints = read_checkpoints(a.checkpoints)
         check(a)
+        for folder in {str(checkpoint.model) for checkpoint in checkpoints}:
+            check_supported(folder)
         for checkpoint in checkpoints:
             checkpoint.read_problems(needed)
     except ValueError as error:

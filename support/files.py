@@ -3,6 +3,7 @@
 import csv
 import json
 
+csv.field_size_limit(2**31 - 1)  # a field may be longer than 131,072 characters
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 

@@ -1,25 +1,23 @@
-"""The model that a run starts from: its files on this machine, its tokenizer, and what is refused."""
+"""What a model's files say: its configuration, its defaults for generation, its tokenizer.
 
-import hashlib
+What is wrong with them is said in one line, a ValueError; support/supported.py looks at the weights.
+"""
+
 import json
 import os
-import pickle
-import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
-from filelock import FileLock
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-PICKLES = "pytorch_model*.bin"
+from support.model_files import check_files, in_one_line, local_folder, made_once
+
+TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+BESIDE = "special_tokens_map.json added_tokens.json chat_template.jinja additional_chat_templates".split()
 PROBE = "Problem:\nFind  x^2 if $\\alpha$, α = 1234.5.\n\n\tSolution: It's 3 + 4 = 7.\n#### 7"
 
 
@@ -30,41 +28,87 @@ def check_config(config, path):
             raise ValueError(f"--model {path}: its configuration has {name}, which is not built here")
 
 
+def check_kind(config, path):
+    """Raise ValueError for what is not a causal language model of text, in 16 or 32 bits."""
+    if found := getattr(config, "quantization_config", None):
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise ValueError(
+            f"--model {path} is quantized ({method}, says its config.json): name the model that it was made from, "
+            "whose weights have 16 or 32 bits"
+        )
+    known, own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), getattr(config, "auto_map", None)
+    named = [name.lower() for name in config.architectures or [known or ""]]
+    right = "AutoModelForCausalLM" in (own or {}) or known and known.lower() in named
+    if not right or config.is_encoder_decoder or config.get_text_config() is not config:
+        what = f"{' '.join(config.architectures or [])} of type {config.model_type}"
+        raise ValueError(
+            f"--model {path} is a {what} (its config.json), not a causal language model of text alone"
+        )
+
+
+def positions(config):
+    """How many tokens a sequence may have for engine and trainer alike, or None.
+
+    Past the original positions of a longrope or dynamic rope transformers' frequencies depend on the longest
+    sequence of a row, vLLM's do not.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type"), rope.get("factor")
+    original = rope.get("original_max_position_embeddings")
+    with in_one_line(f"the rope parameters of {config.name_or_path} lack a number: {rope}"):
+        if kind == "yarn":
+            return int(original * factor)
+        if kind == "linear":
+            return int(limit * factor)
+    return original if kind == "longrope" else limit
+
+
+def read_config(path, trust_remote_code=False):
+    """A model's configuration. Raises ValueError if there is none, or one that cannot be trained."""
+    if Path(path).is_dir():
+        check_files(Path(path))
+    with in_one_line(f"--model {path} cannot be loaded: name a Hugging Face folder or hub model"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        written, _ = PreTrainedConfig.get_config_dict(path)
+    scaling = written.get("rope_scaling")
+    if scaling and written.get("rope_parameters") and "rope_theta" not in written | scaling:
+        raise ValueError(
+            f"--model {path}: its config.json has rope_scaling beside rope_parameters, of which transformers then "
+            "forgets rope_theta: write it all into one"
+        )
+    check_config(config, path)
+    check_kind(config, path)
+    return config
+
+
 def load_tokenizer(s):
     """The tokenizer of s.model, whose files are on this machine then.
 
-    s: settings with dataset, model, max_sequence and perhaps trust_remote_code. Raises ValueError for
+    s: settings with dataset, model, max_sequence and perhaps trust_remote_code and chat. Raises ValueError for
     a model that is not there, or that a run could not save at its end.
     """
     path, trust = s.model, getattr(s, "trust_remote_code", False)
     if not path:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
-    here = path.startswith("runs/")  # not a name of the hub
-    tuned = path.startswith("runs/sft")
-    hint = f"run `python sft.py --dataset {s.dataset} --out {path}` first, or " if tuned else ""
-    cannot = f"--model {path} cannot be loaded: {hint}name a Hugging Face folder or hub model"
-    if here and not Path(path).is_dir():
-        raise ValueError(f"{cannot} (there is no such folder)")
+    if path.startswith("runs/") and not Path(path).is_dir():  # not a name of the hub
+        first = f"run `python sft.py --dataset {s.dataset} --out {path}` first, or "
+        hint = first if path.startswith("runs/sft") else ""
+        raise ValueError(
+            f"--model {path} cannot be loaded: {hint}name a Hugging Face folder or hub model (there is no such folder)"
+        )
     if not Path(path).is_dir() and os.environ.get("RANK", "0") == "0":
         print(f"looking for --model {path} on the hub", flush=True)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{cannot} ({str(error).splitlines()[0]})") from None
-    limit = getattr(config, "max_position_embeddings", None)
+    config = read_config(path, trust)
+    limit = positions(config)
     if limit and s.max_sequence > limit:
-        few = f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"
-        raise ValueError(few)
-    try:
-        tokenizer = read_tokenizer(path, trust)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{cannot} ({str(error).splitlines()[0]})") from None
-    try:
-        generation = generation_config(path)
-    except ValueError as error:
-        raise ValueError(f"--model {path}: its generation_config.json is refused: {error}") from None
+        raise ValueError(
+            f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"
+        )
+    tokenizer, generation = read_tokenizer(path, trust), generation_config(path)
     ends = [getattr(part, "eos_token_id", None) for part in (tokenizer, config, generation)]
-    if all(end is None for end in ends) and not getattr(s, "stop", None):
+    ends += [getattr(s, "stop", None) or None, end_of_turn(tokenizer) if getattr(s, "chat", False) else None]
+    if all(end is None for end in ends):
         raise ValueError(f"--model {path} has no EOS token: no response would end; name a --stop")
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -81,10 +125,11 @@ def generation_config(path):
 
     Without do_sample transformers reads such a file and refuses to write it.
     """
-    try:
-        found = GenerationConfig.from_pretrained(local_folder(path))
-    except OSError:
+    file = Path(local_folder(path)) / "generation_config.json"
+    if not file.is_file():
         return None
+    with in_one_line(f"--model {path}: its generation_config.json is refused"):
+        found = GenerationConfig.from_pretrained(file.parent)
     try:
         found.validate(strict=True)
     except ValueError:
@@ -92,61 +137,67 @@ def generation_config(path):
     return found
 
 
-@cache
-def local_folder(model):
-    """The folder of a model, given as a folder or hub name, with its weights in safetensors files.
-
-    A hub model is downloaded to the hub's cache; programs call this first where nothing limits how
-    long a download may take. Pickled weights are converted once, into HF_HOME/vineppo. They are read
-    with torch.load(weights_only=True), which builds tensors and runs no code. Raises OSError if the
-    model is not there, ValueError for weights of another kind or a pickle with more than tensors.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = download(model, FILES)
-        if not any(folder.glob("*.safetensors")):
-            download(model, PICKLES)
-    if any(folder.glob("*.safetensors")):
-        return str(folder)
-    pickles = sorted(folder.glob(PICKLES))
-    if not pickles:
-        raise ValueError(f"{model} has no weights: neither *.safetensors nor {PICKLES}")
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in pickles]
-    about = f"the weights of {model} are converted to safetensors"
-    return made_once((str(folder.resolve()), files), about, lambda draft: convert(folder, pickles, draft))
-
-
 def read_tokenizer(model, trust_remote_code=False):
-    """A model's tokenizer, nothing else of it checked."""
-    folder = tokenizer_folder(model, trust_remote_code)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    """A model's tokenizer. Raises ValueError for one that reads nothing, since a file of it is missing."""
+    folder = Path(tokenizer_folder(model, trust_remote_code))
+    names = sorted({file.name for pattern in TOKENIZERS for file in folder.glob(pattern)})
+    if not names:
+        raise ValueError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy the files of the "
+            "tokenizer from the model that this one was trained from"
+        )
+    with in_one_line(
+        f"the tokenizer in {folder} cannot be read from {', '.join(names)}: copy its files again"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not tokenizer.encode(PROBE, add_special_tokens=False):
+            raise ValueError(f"it has {len(tokenizer)} tokens and reads no text")
+    return tokenizer
+
+
+def end_of_turn(tokenizer):
+    """The token that ends an assistant's turn in the tokenizer's chat template, as text, or None.
+
+    Found in a conversation in which the user speaks once more.
+    """
+    said, ask = "\ue000", {"role": "user", "content": "\ue001"}
+    try:
+        turns = [ask, {"role": "assistant", "content": said}, ask]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template of one turn
+        return None
+    after = text.partition(said)[2].partition("\ue001")[0]
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    found = [(after.find(x), -len(x), x) for x in tokens if x.strip() and x in after]
+    return min(found)[2] if found else None
 
 
 @cache
 def tokenizer_folder(model, trust_remote_code=False):
     """The folder from which AutoTokenizer reads a model's tokenizer as transformers 4 did.
 
-    Where AutoTokenizer would read it otherwise from the model's own folder, it is a folder with the
-    tokenizer alone, which names no class; the own one again, where that does not help. Code of a model's
-    own is left to itself. Raises OSError and ValueError as local_folder and AutoTokenizer do.
+    Usually the model's own folder. Where AutoTokenizer would misread the tokenizer there, a copy that names no
+    tokenizer class, with links to what lies beside it; the own folder again, where that does not help. Code of a
+    model's own is left to itself. Raises OSError as local_folder, and ValueError.
     """
     folder = Path(local_folder(model))
     stored, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text()) if config.is_file() else {}
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if not stored.is_file() or "auto_map" in settings:
         return str(folder)
-    built = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    right = as_transformers_4(stored, settings, built.bos_token)
-    if reads_alike(built, right):
-        return str(folder)
+    with in_one_line(f"the tokenizer in {folder} cannot be read; is its tokenizer.json of another version?"):
+        built = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        right = as_transformers_4(stored, settings, built.bos_token)
+        if reads_alike(built, right):
+            return str(folder)
 
     classless = json.dumps(settings | {"tokenizer_class": "TokenizersBackend"})
+    beside = [name for name in BESIDE if (folder / name).exists()]
 
     def make(draft):
         draft.mkdir()
-        for name in ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, draft)
+        for name in beside:
+            (draft / name).symlink_to((folder / name).absolute())
         right.save(str(draft / "tokenizer.json"))
         (draft / "tokenizer_config.json").write_text(classless)
         # AutoTokenizer knows classes by the type of the model, too: none for llama
@@ -154,7 +205,7 @@ def tokenizer_folder(model, trust_remote_code=False):
 
     otherwise = f"{type(built).__name__}, which reads text otherwise than tokenizer.json says"
     about = f"the tokenizer of {model} is copied without its class {otherwise}"
-    copy = made_once(("tokenizer", right.to_str(), classless), about, make)
+    copy = made_once((str(folder.absolute()), beside, right.to_str(), classless), about, make)
     return copy if reads_alike(AutoTokenizer.from_pretrained(copy), right) else str(folder)
 
 
@@ -181,72 +232,3 @@ def reads_alike(built, right):
     ids = right.encode(PROBE).ids
     text = built.decode(ids, clean_up_tokenization_spaces=False)
     return built.encode(PROBE) == ids and text == right.decode(ids, skip_special_tokens=False)
-
-
-def made_once(key, about, make):
-    """The folder under HF_HOME/vineppo of this key; make(draft) writes it if it is not there.
-
-    One rank of a machine writes it and prints about, what is done; the others wait.
-    """
-    folder = Path(constants.HF_HOME) / "vineppo" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            print(f"{about}: into {folder}", flush=True)
-            draft = Path(f"{folder}.unfinished")
-            shutil.rmtree(draft, ignore_errors=True)
-            make(draft)
-            draft.rename(folder)
-    return str(folder)
-
-
-def fingerprint(model):
-    """A hash of the sizes of a model's weights and of three blocks of each file."""
-    found, block = hashlib.sha256(), 2**20
-    for path in sorted(Path(local_folder(model)).glob("*.safetensors")):
-        size = path.stat().st_size
-        found.update(repr((path.name, size)).encode())
-        with open(path, "rb") as file:
-            for start in (0, size // 2, max(0, size - block)):
-                file.seek(start)
-                found.update(file.read(block))
-    return found.hexdigest()
-
-
-def download(model, patterns):
-    """Files of a hub model, without subfolders and Mistral's second copy of the weights: the folder.
-
-    One rank of a machine shows bars.
-    """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        enable_progress_bars()
-    try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
-        )
-    finally:
-        disable_progress_bars()
-
-
-def convert(folder, pickles, target):
-    """Copy a model's files to a new folder, with its pickled weights as safetensors files."""
-    target.mkdir()
-    for file in folder.iterdir():
-        if file.is_file() and file not in pickles:
-            shutil.copy(file, target)
-    places = {}
-    for file in pickles:
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{file} is refused: it is not a file of tensors alone ({why})") from None
-        name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-        # tied weights share their memory, which safetensors does not store
-        save_file(
-            {key: x.clone().contiguous() for key, x in tensors.items()}, target / name, {"format": "pt"}
-        )
-        places |= dict.fromkeys(tensors, name)
-    if len(pickles) > 1:
-        index = json.dumps({"metadata": {}, "weight_map": places})
-        (target / "model.safetensors.index.json").write_text(index)

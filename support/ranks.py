@@ -11,10 +11,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# what torchrun sets
+TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def world_size():
+    """How many ranks torchrun has started; 1 without it, in the environment of a scheduler or a notebook, too.
+
+    Raises ValueError for variables of several ranks that torchrun has not set.
+    """
+    world, missing = os.environ.get("WORLD_SIZE", "1"), sorted(TORCHRUN - os.environ.keys())
+    if missing and (world, os.environ.get("RANK", "0")) != ("1", "0"):
+        given = ", ".join(f"{x}={os.environ[x]}" for x in ("RANK", "WORLD_SIZE") if x in os.environ)
+        raise ValueError(
+            f"the environment has {given}, but no {missing[0]}: start with torchrun --nproc_per_node=N, or unset these "
+            "for one rank"
+        )
+    return 1 if missing else int(world)
+
 
 def init_distributed():
     """Join torchrun's process group, or form one of a single rank. Returns this rank's device."""
-    if "RANK" not in os.environ:
+    if world_size() == 1 and TORCHRUN - os.environ.keys():
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

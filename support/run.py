@@ -30,6 +30,7 @@ class Run:
     def __init__(self, s):
         self.s, self.folder = s, Path(s.run_dir)
         self.lines, self.warned, self.accuracy, self.progress = [], False, None, None
+        self.day = run_folder.first_day(self.folder)
         self._find_start()
 
     def _find_start(self):

@@ -3,7 +3,7 @@
 What it holds under its own name is whole, at whatever moment the run was killed.
 
     settings.json     of the newest start
-    inputs.json       hashes of the model and the problems that it began with
+    inputs.json       hashes of the model and the problems that it began with, and the day of the first start
     metrics.jsonl     one line per iteration; line 0: accuracy before training
     checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training
                       resumes from, and the settings
@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import statistics
+from datetime import date
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,6 +46,13 @@ def read_json(path):
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}): put it back, or name another --run_dir") from None
+
+
+def first_day(run):
+    """The date of a run's first start, which its chat template writes; today's for a new run."""
+    path = run / "inputs.json"
+    known = read_json(path).get("day") if path.exists() else None
+    return date.fromisoformat(known) if known else date.today()
 
 
 def write_folder(final, write):

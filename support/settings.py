@@ -13,14 +13,14 @@ from dataclasses import field, fields
 from transformers import HfArgumentParser
 
 
-def setting(default, help, *, min=None, above=None, max=None, choices=None, may_change=False):
+def setting(default, help, *, min=None, above=None, max=None, choices=None, may_change=False, is_text=False):
     """A field of a settings dataclass.
 
     min, max: its range, both included; above: the lower end, excluded. choices: its possible
     values. may_change: a resumed run may set it otherwise, since it changes the machine or the
-    reports but not what is learned.
+    reports but not what is learned. is_text: \\n on the command line is a line end, as --help shows it.
     """
-    metadata = dict(help=help, min=min, above=above, max=max, may_change=may_change)
+    metadata = dict(help=help, min=min, above=above, max=max, may_change=may_change, is_text=is_text)
     return field(default=default, metadata=metadata | ({"choices": choices} if choices else {}))
 
 
@@ -28,7 +28,7 @@ class _Parser(HfArgumentParser):
     """HfArgumentParser gives argparse all of a field's metadata."""
 
     def add_argument(self, *names, **options):
-        ours = ("min", "above", "max", "may_change")
+        ours = ("min", "above", "max", "may_change", "is_text")
         return super().add_argument(*names, **{k: v for k, v in options.items() if k not in ours})
 
 
@@ -50,13 +50,11 @@ def parse(settings_class, argv, doc, presets, other):
     parser.set_defaults(**{k: v for k, v in presets.get(dataset, other).items() if k in names})
     (settings,) = parser.parse_args_into_dataclasses(argv)
     check_ranges(settings)
+    for f in fields(settings):
+        if f.metadata["is_text"] and (text := getattr(settings, f.name)):
+            setattr(settings, f.name, text.replace("\\n", "\n"))
     given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
     return settings, names & given
-
-
-def unescaped(text):
-    """A string with line ends for \\n, as a shell passes on what --help shows."""
-    return text and text.replace("\\n", "\n")
 
 
 def require(condition, message):

@@ -391,6 +391,36 @@ def test_special_tokens_in_a_problem_are_text(tokenizer):
         assert tokenizer.convert_tokens_to_ids("1") in ids
 
 
+def test_a_template_may_name_the_problem_twice_and_the_tokenizer_append_eos(tokenizer):
+    eos = tokenizer.eos_token
+    chatty = copy.deepcopy(tokenizer)
+    chatty.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    chatty.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}={{ messages[0]['content'] }}="
+    for text in ("1+1", f"1{eos}+1", eos):
+        p = data.Problem(f"{text}?\n{text}=", "2", text=text)
+        (plain,), _ = data.encode([p], chatty, 100)
+        (chat,), _ = data.encode([replace(p, prompt=text)], chatty, 100, chat=True)
+        assert plain.prompt_ids[0] == chat.prompt_ids[0] == tokenizer.bos_token_id
+        assert tokenizer.eos_token_id not in plain.prompt_ids + chat.prompt_ids
+        assert tokenizer.decode(plain.prompt_ids[1:]).count("1") == 4 * (text != eos)
+
+
+def test_a_long_field_and_a_solution_that_is_no_text_are_read(tmp_path):
+    rows = f"problem,answer,solution\n{'1+1?' * 50_000},2,\n2+2?,4,\n"
+    (tmp_path / "d.csv").write_text(rows)
+    assert [len(p.text) for split in data.load(tmp_path / "d.csv") for p in split] == [200_000, 4]
+    row = dict(problem="1+1?", answer="2", solution=["1+1=2"])
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    assert [(p.answer, p.solution) for split in data.load(tmp_path / "d.jsonl") for p in split] == [
+        ("2", "")
+    ] * 2
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(row | dict(answer=None))}\n" * 2)
+    with pytest.raises(ValueError, match="line 1: its solution is no text but list"):
+        data.load(tmp_path / "d.jsonl")
+
+
 def test_half_a_character_is_refused_with_its_place(tmp_path):
     (tmp_path / "d.jsonl").write_text(
         '{"problem": "1+1?", "answer": "2"}\n{"problem": "\\ud83d?", "answer": "2"}'

@@ -243,9 +243,13 @@ def test_a_model_that_the_engine_computes_otherwise_is_noticed_before_training(
 
 def test_a_stop_string_that_is_a_special_token_stops(engine, models, tokenizer):
     """No decoded text has it: it must be a token id."""
-    from rollout import split_stops
+    from rollout import stops
 
-    assert split_stops(["#", tokenizer.bos_token], tokenizer) == (["#"], [tokenizer.bos_token_id])
+    assert stops(SimpleNamespace(stop="#", chat=False), tokenizer) == (["#"], [])
+    assert stops(SimpleNamespace(stop=tokenizer.bos_token, chat=False), tokenizer) == (
+        [],
+        [tokenizer.bos_token_id],
+    )
     engine.stop_ids = [7]
     try:
         found = generate(engine, [PROMPT], 40, 30, 1.0)[0]

@@ -19,10 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import train
-from model import LOGITS, check_supported
+from model import LOGITS
+from support.pretrained import read_config
+from support.supported import check_architecture
 
 GPU_BYTES = 80e9  # of a GPU, if this machine has none to ask
 PER_MACHINE = 8  # GPUs
@@ -175,12 +177,9 @@ def parse(argv):
     train.check(s, int(a.gpus))
     if not s.model:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
-    try:
-        config = AutoConfig.from_pretrained(s.model, trust_remote_code=s.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {s.model} cannot be loaded ({str(error).splitlines()[0]})") from None
-    check_supported(s.model, trust_remote_code=s.trust_remote_code)
-    return int(a.gpus), gpu_bytes, s, config.get_text_config()
+    config = read_config(s.model, s.trust_remote_code)
+    check_architecture(s.model, (), s.trust_remote_code, critic=s.algorithm == "ppo")
+    return int(a.gpus), gpu_bytes, s, config
 
 
 def main():
