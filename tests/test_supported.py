@@ -21,11 +21,12 @@ import data
 import sft
 import train
 from baselines import dpo, restem
-from experiments import plan, values
+from experiments import values
 from rollout import stops
 from support import model_files, pretrained, ranks, run_folder
 from support.pretrained import end_of_turn, load_tokenizer, positions
 from support.supported import check_supported
+from tools import plan
 
 SIZES = dict(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 GPT2 = dict(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=256)
