@@ -205,8 +205,8 @@ def _cut_long(text, cuts, formula_at):
 def token_starts(token_ids, decode):
     """The character of the decoded text at which each token begins, or its end for a token that adds none.
 
-    decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character whose bytes are
-    spread over several tokens begins with the first of them. The ids are decoded in windows of a few tokens, because
+    decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character whose bytes
+    are spread over several tokens begins with the first. The ids are decoded in windows of a few tokens, because
     a byte-level or SentencePiece decoder can give a token other characters alone than after another token.
     """
     starts, position, window, read = [], 0, 0, 0

@@ -153,9 +153,9 @@ def open_metrics(run, lines):
 def solution(episode, decode, shown=2):
     """What tools/show.py gets of an episode: prompt, answer, reward, finished, steps.
 
-    A step: text, tokens (a number), advantage (mean over its tokens), value (of the state before the step; None if
-    the algorithm has none). Where rollouts made the value also K, how many were right, their lengths in tokens, the
-    texts of `shown` right and wrong ones, and the advantage's target and baseline if values were averaged.
+    A step: text, tokens (a number), advantage (mean over its tokens), value (of the state before the step; None
+    if the algorithm has none). Where rollouts made the value also K, how many were right, their token counts,
+    the texts of `shown` right and wrong ones, and target and baseline if values were averaged.
     """
     e, steps = episode, []
     starts = token_starts(e.response_ids, decode)

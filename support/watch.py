@@ -1,4 +1,4 @@
-"""Ranks that watch each other: a signal, a failure or a hang on one rank ends the run on all, with the reason.
+"""Ranks that watch each other: a signal, a failure or a hang on one rank ends all, with the reason.
 
     with Watch(hang_timeout=90) as watch:                # on every rank, once the process group is there
         try:
@@ -9,7 +9,7 @@
         except Stopped:                                  # raised on all ranks or on none
             ...                                          # save, and leave with watch.exit_code()
 
-A thread of each rank exchanges its rank's state with the other ranks' threads once a second. The threads react to:
+Once a second a thread of each rank exchanges its rank's state with the other threads. They react to:
 
     signal    SIGTERM, SIGINT or SIGHUP to any rank stops all ranks: at once before `graceful` is set, later at the
               end of the next phase that can stop. Another signal at least AGAIN seconds later ends the process at
