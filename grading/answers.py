@@ -56,7 +56,7 @@ TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 def equal(answer, gold, symbolic):
     """Whether two answers are the same.
 
-    symbolic(a, b) -> bool decides where no rule does: of scalar expressions, and of relations "(left)=(right)".
+    symbolic(a, b) -> bool decides the rest: two scalar expressions, or two relations "(left)=(right)".
     """
     answer, gold = " ".join(answer.split()), " ".join(gold.split())
     if answer == gold:

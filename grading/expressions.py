@@ -1,6 +1,7 @@
-r"""Scalar expressions for math-verify's parser, without anything that it would drop, merge or misread.
+r"""Scalar expressions for math-verify's parser, with nothing in them that the parser would drop, merge or
+misread.
 
-plain("r - R", names)  ->  "\\variable{r} - \\variable{R}"
+    plain("r - R", names)  ->  "\\variable{r} - \\variable{R}"
 """
 
 import re

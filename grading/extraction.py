@@ -18,8 +18,8 @@ STATED = [
 
 
 def extract_answer(text):
-    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else the text after a heading "#
-    Answer", else "The answer is ..". None if there is none.
+    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else the text after a heading
+    "# Answer", else "The answer is ..". None if there is none.
 
     If the last box is empty or never closed there is no answer: an earlier box does not replace it. Boxes in
     a <think> block do not count. Boxes joined by "and" or a comma are one answer.
