@@ -220,8 +220,8 @@ class Learner:
         if self.skipped >= self.MAX_SKIPPED:
             last = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
             raise RuntimeError(
-                f"{self.skipped} optimizer steps in a row were skipped, "
-                f"since a number was not finite or the ratio too large; the last: {last}"
+                f"{self.skipped} optimizer steps in a row were skipped "
+                f"because a number was not finite or the ratio too large; the last: {last}"
             )
         return numbers | {"skipped": skipped}
 

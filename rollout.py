@@ -134,7 +134,7 @@ class Engine:
         while self.running:
             self.step()
 
-    # --- ranks: several engines share the problems; several ranks may share an engine ---
+    # --- ranks: several engines share the problems; several ranks can share an engine ---
 
     def share(self, problems):
         """This engine's share of the problems."""
@@ -163,7 +163,7 @@ class Engine:
         params = SamplingParams(
             n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=self.stop or None,
             stop_token_ids=self.stop_ids,
-            detokenize=bool(self.stop), logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
+            detokenize=bool(self.stop), logprobs=0 if logprobs else None,  # 0: of the sampled token alone
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         self.waiting.append((record, params))

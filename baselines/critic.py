@@ -54,8 +54,8 @@ class ValueNetwork(torch.nn.Module):
 
 
 class Critic(Estimator):
-    """The value network, sharded like the policy. s: settings, those of ppo.Trainer, critic_learning_rate
-    and gae_lambda.
+    """The value network, sharded like the policy. s: ppo.Trainer's settings, critic_learning_rate and
+    gae_lambda.
     """
 
     def __init__(self, s, device):

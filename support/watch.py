@@ -203,11 +203,11 @@ class Watch:
             try:
                 dist.all_gather_object(ranks, own, group=self.group)
             except RuntimeError:
-                self._end_for(f"stops, since another rank is gone, or has been silent for {self.SILENT} s")
+                self._end_for(f"stops because another rank is gone, or has been silent for {self.SILENT} s")
             if own["failed"]:
                 return self.told.set()
             if failed := [i for i, r in enumerate(ranks) if r["failed"]]:
-                self._end_for(f"stops, since rank {failed[0]} failed")
+                self._end_for(f"stops because rank {failed[0]} failed")
             if all(r["closing"] for r in ranks):
                 return
             now = time.monotonic()
