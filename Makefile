@@ -42,7 +42,7 @@ demo: install
 	@$(VENV)/bin/python tools/plot.py runs/demo
 	@$(VENV)/bin/python tools/show.py runs/demo
 	@echo "Open runs/demo/show.html in a browser: where did wrong solutions go wrong?"
-	@echo "Your own problems: $(VENV)/bin/python train.py --dataset mine.jsonl --model MODEL --chat (docs/recipes.md)"
+	@echo "Your own problems: $(VENV)/bin/python train.py --dataset mine.jsonl --model MODEL --chat (docs/running.md)"
 
 # always on two ranks: the comparison's results go together only if they began from one and the same policy
 runs/compare/%/sft/model.safetensors: | install

@@ -22,10 +22,10 @@ class MicroBatch:
     """Some episodes of a rank, one after the other in a row of L tokens. N of them are action tokens."""
 
     input_ids: torch.Tensor  # [1, L]
-    position_ids: torch.Tensor  # [1, L], which begin at 0 in each episode
+    position_ids: torch.Tensor  # [1, L], from 0 in each episode
     rows: list[int]  # the index of each episode among the rank's
     lengths: list[int]  # of each episode
-    cu_seqlens: torch.Tensor  # [episodes + 1], int32: where each begins, and L
+    cu_seqlens: torch.Tensor  # [episodes + 1], int32: where each episode begins, and L
     positions: torch.Tensor  # [N], where in the row each action token is predicted
     targets: torch.Tensor  # [N], the ids of the action tokens
     tokens: torch.Tensor  # [N], the index of each among all action tokens of the rank's episodes
@@ -37,7 +37,7 @@ class MicroBatch:
 
 
 def per_token(episodes, name, device):
-    """A per-token field of the episodes, over all their action tokens: [N]. ValueError if it is not set."""
+    """A per-token field over all action tokens of the episodes: [N]. Raises ValueError if it is not set."""
     numbers = []
     for e in episodes:
         numbers += (field := getattr(e, name) or [])
@@ -55,7 +55,7 @@ def micro_batch(episodes, rows, device, empty=False):
         position_ids  0 1 2 0 1 2 3      positions   1 4 5      targets  1 2 3
 
     empty: without action tokens (N = 0), for a rank that has fewer micro-batches than the others: FSDP needs
-    the same number of forward and backward passes on all of them.
+    the same number of forward and backward passes on all ranks.
     """
     begins = [0, *accumulate(len(e.response_ids) for e in episodes)]
     ids, position_ids, positions, tokens, lengths = [], [], [], [], []
@@ -76,11 +76,10 @@ def micro_batch(episodes, rows, device, empty=False):
 
 
 def micro_batches(episodes, rows, max_tokens, device):
-    """The episodes `rows` as MicroBatches of at most max_tokens tokens, or of one longer episode; the
-    same number on every rank.
+    """The episodes `rows` as MicroBatches of at most max_tokens tokens, or of one longer episode.
 
-    They are filled evenly: from the longest episode to the shortest, each goes where the fewest
-    tokens are.
+    Every rank gets the same number. They are filled evenly: from the longest episode to the shortest, each
+    goes to the MicroBatch with the fewest tokens.
     """
     rows = sorted(rows, key=lambda i: len(episodes[i]), reverse=True)
     lengths = [len(episodes[i]) for i in rows]
@@ -91,7 +90,7 @@ def micro_batches(episodes, rows, max_tokens, device):
 
 
 def fill_evenly(lengths, count):
-    """Indices of the lengths, which descend, in `count` parts: each to the part with the smallest sum."""
+    """Indices of the descending lengths in `count` parts: each goes to the part with the smallest sum."""
     parts, sums = [[] for _ in range(count)], [0] * count
     for i, length in enumerate(lengths):
         smallest = sums.index(min(sums))
@@ -101,7 +100,7 @@ def fill_evenly(lengths, count):
 
 
 def fewest_parts(lengths, max_tokens):
-    """The fewest parts of fill_evenly that are no larger than max_tokens, or than the longest."""
+    """The smallest count with which no part of fill_evenly exceeds max_tokens, or the longest length."""
     limit, count = max(max_tokens, *lengths[:1]), max(1, -(-sum(lengths) // max_tokens))
     while any(sum(lengths[i] for i in part) > limit for part in fill_evenly(lengths, count)):
         count += 1
@@ -111,8 +110,8 @@ def fewest_parts(lengths, max_tokens):
 def minibatches(num_episodes, s, step):
     """The rows of this rank's episodes in each minibatch of an update: s.epochs passes, shuffled anew.
 
-    Eight episodes on each of two ranks, s.minibatch 8 and one epoch: [[5, 0, 7, 2], [1, 6, 3, 4]], say. step:
-    optimizer steps so far; together with s.seed they are the seed. Raises ValueError where the episodes do not divide.
+    For example, eight episodes on each of two ranks, s.minibatch 8, one epoch: [[5, 0, 7, 2], [1, 6, 3, 4]].
+    step: optimizer steps so far, which with s.seed are the seed. ValueError if the episodes do not divide.
     """
     size = s.minibatch // dist.get_world_size()
     if not num_episodes or num_episodes % size:
@@ -124,7 +123,7 @@ def minibatches(num_episodes, s, step):
 
 
 def optimizer_steps(s):
-    """Optimizer steps of a whole run, over which the learning rate decays."""
+    """Optimizer steps of a whole run; the learning rate decays over them."""
     return s.iterations * s.epochs * (s.prompts_per_iteration * s.responses_per_prompt // s.minibatch)
 
 
@@ -135,7 +134,7 @@ def learning_rate(step, total_steps, peak, warmup_fraction=0.03):
 
 
 class Step:
-    """One optimizer step: a minibatch over all ranks, of which this rank has the episodes `rows`."""
+    """One optimizer step: a minibatch over all ranks; this rank has its episodes `rows`."""
 
     def __init__(self, learner, episodes, rows):
         self.learner, self.episodes, self.rows = learner, episodes, rows
@@ -152,7 +151,7 @@ class Step:
     def backward(self, loss, metrics=None):
         """Add a micro-batch's part of the minibatch's loss, a scalar, to the gradient.
 
-        metrics: {name: detached scalar}, which add up over the micro-batches and ranks as the loss does.
+        metrics: {name: detached scalar}, which add up over micro-batches and ranks like the loss.
         """
         # FSDP averages over the ranks; the minibatch's gradient is their sum
         (loss * dist.get_world_size()).backward()
@@ -161,11 +160,11 @@ class Step:
 
 
 class Learner:
-    """A sharded network (see model.load_sharded), its optimizer, and how it makes a step.
+    """A sharded network (see model.load_sharded), its optimizer, and its steps.
 
-    learning_rate: peak, see learning_rate. total_steps: optimizer steps of the whole run. micro_batch_tokens:
-    tokens per forward pass of a rank, or micro_batch: episodes per forward pass, in the order of the rows;
-    it changes memory and speed, not the result.
+    learning_rate: peak, see learning_rate. total_steps: optimizer steps of the whole run.
+    micro_batch_tokens: tokens per forward pass of a rank, or micro_batch: episodes per forward pass, in the
+    order of the rows; they change memory and speed, not the result.
     """
 
     MAX_NORM = 1.0  # larger gradients are scaled down to this norm
@@ -191,9 +190,9 @@ class Learner:
         return micro_batches(episodes, rows, self.micro_batch_tokens, self.device)
 
     def steps(self, episodes, batches):
-        """Yield a Step for each minibatch, and make the optimizer step once the loop's body has added its gradient.
+        """Yield a Step for each minibatch; make the optimizer step after the loop's body has run.
 
-        batches: the rows of this rank's episodes in each; every rank brings the same number.
+        batches: the rows of this rank's episodes in each minibatch; every rank brings the same number.
         """
         self.reports = []
         for rows in batches:
@@ -201,7 +200,7 @@ class Learner:
             step = Step(self, episodes, rows)
             yield step
             self.reports.append(self._finish(step))
-        self.optimizer.zero_grad()  # nothing stays beside the engine that need not
+        self.optimizer.zero_grad()  # frees the gradients' memory for the engine
 
     def _finish(self, step):
         """Clip the gradient and make the optimizer step, or skip it. Returns the minibatch's metrics."""
@@ -221,16 +220,13 @@ class Learner:
         if self.skipped >= self.MAX_SKIPPED:
             last = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
             raise RuntimeError(
-                f"{self.skipped} optimizer steps in a row were skipped, "
-                f"since a number was not finite or the ratio too large; the last: {last}"
+                f"{self.skipped} optimizer steps in a row were skipped "
+                f"because a number was not finite or the ratio too large; the last: {last}"
             )
         return numbers | {"skipped": skipped}
 
     def means(self):
-        """Metrics of the update: means over its optimizer steps, and skipped_steps.
-
-        Skipped steps do not count, unless all were skipped.
-        """
+        """skipped_steps, and the mean of each metric over the steps that were not skipped, or over all if all were."""
         made = [report for report in self.reports if not report["skipped"]] or self.reports
         names = [name for name in made[0] if name != "skipped"]
         means = {name: sum(report[name] for report in made) / len(made) for name in names}

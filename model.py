@@ -2,8 +2,8 @@
 
     policy = load_sharded(path, device)     # a Policy: policy(micro_batch, temperature) -> log-probabilities [N]
 
-The same code runs on GPUs (NCCL, bf16 compute on fp32 master weights) and on CPU (gloo, fp32). What
-differs is decided by `device` in compute_dtype, load_sharded and packed_attention.
+The same code runs on GPUs (NCCL, bf16 compute on fp32 master weights) and on CPU (gloo, fp32).
+compute_dtype, load_sharded and packed_attention decide by `device` what differs.
 """
 
 import copy
@@ -39,10 +39,7 @@ def token_entropy(logits, temperature=1.0):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward gives the log-probabilities of action tokens.
-
-    Hidden states of other tokens do not pass through its head.
-    """
+    """A causal language model that gives the log-probabilities of action tokens; only they pass its head."""
 
     def __init__(self, network):
         super().__init__()
@@ -51,8 +48,7 @@ class Policy(torch.nn.Module):
     def forward(self, m, temperature=1.0, details=False):
         """log pi of the N action tokens of a MicroBatch, at the temperature they were sampled at: [N].
 
-        details, for scoring without a gradient: [3, N], with the log-probabilities at temperature 1
-        and the entropies.
+        details, for scoring without a gradient: [3, N], with log-probabilities at temperature 1 and entropies.
         """
         hidden = self.network.base_model(**m.inputs(), use_cache=False).last_hidden_state  # [1, L, D]
         hidden = hidden[0, m.positions]  # [N, D]
@@ -71,15 +67,15 @@ LOGITS = 2**26  # at a time; 256 MiB in float32
 
 
 def in_chunks(vocabulary, *tensors):
-    """The tensors [N, ..] in pieces whose tokens have no more than LOGITS logits together."""
+    """The tensors [N, ..] in pieces whose tokens have at most LOGITS logits together."""
     return zip(*(x.split(max(1, LOGITS // vocabulary)) for x in tensors))
 
 
 class ChunkedLogprobs(torch.autograd.Function):
     """logprobs_from_logits after a linear head, [N], without its [N, V] logits.
 
-    Those of one chunk exist at a time, and backward computes them again. hidden [N, D], weight [V,
-    D], bias [V] or None, targets [N] of ids. With x = logits / temperature:
+    The logits of one chunk exist at a time, and backward computes them again. hidden [N, D], weight [V, D],
+    bias [V] or None, targets [N] of ids. With x = logits / temperature:
 
         log pi(y) = x_y - logsumexp(x),    d log pi(y) / d logits = (1[y] - softmax(x)) / temperature
     """
@@ -126,12 +122,11 @@ def packed_attention(
     sliding_window=None,
     **other,
 ):
-    """Causal attention inside each of several sequences that follow one another in a row of L tokens:
-    [1, H, L, D] -> ([1, L, H, D], None).
+    """Causal attention inside each sequence of a packed row: [1, H, L, D] -> ([1, L, H, D], None).
 
     torch's variable-length flash kernel for bf16 on GPUs, else SDPA, one sequence after the other.
-    transformers calls it for attn_implementation="packed"; lengths (a list of ints) and cu_seqlens
-    (their int32 cumulative sums from 0) come from MicroBatch.inputs.
+    transformers calls this for attn_implementation="packed"; lengths (a list of ints) and cu_seqlens (their
+    int32 cumulative sums from 0) come from MicroBatch.inputs.
     """
     kind = type(module).__name__
     if lengths is None:
@@ -169,10 +164,10 @@ def compute_dtype(device, bfloat16=None):
 
 
 def device_mesh(device):
-    """The ranks of one machine; of several, [machines, ranks]: each holds a whole copy, sharded over its ranks.
+    """The ranks; of several machines [machines, ranks]: each holds a whole copy, sharded over its ranks.
 
-    torchrun sets GROUP_WORLD_SIZE, the number of machines. Its LOCAL_WORLD_SIZE does not last: vLLM on CPU
-    overwrites it.
+    torchrun sets GROUP_WORLD_SIZE, the number of machines. It also sets LOCAL_WORLD_SIZE, but vLLM on CPU
+    overwrites that.
     """
     world, machines = dist.get_world_size(), int(os.environ.get("GROUP_WORLD_SIZE", 1))
     shape, names = (
@@ -187,16 +182,16 @@ def load_sharded(
 ):  # fmt: skip
     """A Policy from a Hugging Face folder or hub name, sharded over all ranks layer by layer with FSDP2.
 
-    A trainable one has fp32 master weights. A frozen one is kept in the compute type, and on GPUs
-    its shards live in host memory and visit the GPU layer by layer. bfloat16: compute in bf16;
-    None: on GPUs only. checkpoint_activations: recompute them in the backward pass, for less memory
-    and a third more time; None: on GPUs only. trust_remote_code: let a hub
-    model bring code of its own. wrapper, architecture: another network, with its options for the
-    configuration. Raises OSError or ValueError for a model that is not there or not supported.
+    A trainable one has fp32 master weights. A frozen one is kept in the compute type, and on GPUs its shards
+    live in host memory and visit the GPU layer by layer. bfloat16: compute in bf16; None: on GPUs only.
+    checkpoint_activations: recompute them in the backward pass, for less memory and a third more time; None:
+    on GPUs only. trust_remote_code: let a hub model bring code of its own. wrapper, architecture: another
+    network, with its options for the configuration. Raises OSError or ValueError for a model that is not
+    there or not supported.
     """
     compute, on_gpu = compute_dtype(device, bfloat16), device.type != "cpu"
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # without dropout: the old and the new log-probabilities must be of one and the same policy
+    # without dropout: the old and the new log-probabilities must come from the same policy
     no_dropout = {name: 0.0 for name in vars(config) if name.endswith(("dropout", "pdrop", "layerdrop"))}
     for name, value in (no_dropout | options).items():
         setattr(config, name, value)
@@ -240,7 +235,7 @@ def save_pretrained(model, tokenizer, folder, dtype=torch.float32):
     if dist.get_rank() == 0:
         model.network.save_pretrained(folder, state_dict=state)
         config = copy.deepcopy(model.network.config)
-        config.dtype = dtype  # save_pretrained wrote that of the master weights
+        config.dtype = dtype  # save_pretrained wrote the master weights' type
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     dist.barrier()

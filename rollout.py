@@ -1,11 +1,10 @@
-"""The engine, one vLLM in each rank's process: it samples, takes new weights, and sleeps while the
-GPU trains.
+"""The engine, one vLLM in each rank's process: it samples, takes new weights, sleeps while the GPU trains.
 
     sample(engine, grader, episodes, s)     responses of episodes, with their rewards
-    evaluate(engine, grader, problems, s)   the same at the settings of evaluations
+    evaluate(engine, grader, problems, s)   the same with the settings of evaluations
 
-The only file that imports vLLM. Join the process group first (ranks.init_distributed), then make
-the Engine, then the trainer's networks.
+The only file that imports vLLM. First join the process group (ranks.init_distributed), then make the Engine,
+then the trainer's networks.
 """
 
 import copy
@@ -45,15 +44,15 @@ from support.ranks import drop_shared_memory
 
 
 def episodes_for(problems, n):
-    """n episodes to each problem, still without a response."""
+    """n episodes for each problem, still without a response."""
     return [Episode(p.prompt_ids, p.prompt, p.answer) for p in problems for _ in range(n)]
 
 
 def sample(engine, grader, episodes, s, on_response=None, logprobs=True):
     """Fill the episodes with responses sampled at s.temperature and s.top_p, and their rewards.
 
-    on_response(episode) is called when a response ends, while others are still generated. What it gives the
-    engine to do need not have ended when this function returns.
+    on_response(episode) is called when a response ends, while others are still generated. Requests that it
+    submits to the engine can still be running when this function returns.
     """
     for e in episodes:
         engine.submit(e, 1, s.max_tokens, s.temperature, s.top_p, logprobs)
@@ -77,13 +76,13 @@ def evaluate(engine, grader, problems, s):
 class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
-    s: settings with model, trust_remote_code, bfloat16; max_sequence: tokens of the longest prompt and response
-    together; stop: a string that ends a response, or None; chat: the token that ends a turn in the chat template
-    does so, too; gpu_memory: share of a GPU for weights and KV cache; max_sequences: how many may run at a time,
-    None: 1,024 on GPUs above 70 GiB, else 256; tensor_parallel_size: this many consecutive ranks share one model;
-    they must submit the same requests in the same order, and get the same completions. watch: its step() is called
-    before each step and may raise, to give up what is running; its beat() after each tensor of new weights. None:
-    nobody watches.
+    s: settings with model, trust_remote_code, bfloat16; max_sequence: token limit of prompt and response
+    together; stop: a string that ends a response, or None; chat: the token that ends a turn of the chat template
+    ends a response, too; gpu_memory: share of a GPU for weights and KV cache; max_sequences: how many can run at
+    a time, None: 1,024 on GPUs above 70 GiB, else 256; tensor_parallel_size: this many consecutive ranks share
+    one model; they must submit the same requests in the same order, and get the same completions. watch: its
+    step() is called before each step and can raise, to abandon what is running; its beat() after each tensor of
+    new weights. None: nobody watches.
     """
 
     def __init__(self, s, watch=None):
@@ -96,7 +95,7 @@ class Engine:
         self.waiting = deque()  # (record, SamplingParams) for which vLLM has no room yet
         self.running = {}  # request id -> (record, SamplingParams)
         self.submitted, self.steps = 0, 0
-        self.aborted = 0  # completions that vLLM gave up; they count as unfinished
+        self.aborted = 0  # completions that vLLM aborted; they count as unfinished
         bfloat16 = self.on_gpu if s.bfloat16 is None else s.bfloat16
         max_sequences, compilation = s.max_sequences, {}
         if self.on_gpu:
@@ -135,7 +134,7 @@ class Engine:
         while self.running:
             self.step()
 
-    # --- ranks: several engines share the problems; several ranks may share an engine ---
+    # --- ranks: several engines share the problems; several ranks can share an engine ---
 
     def share(self, problems):
         """This engine's share of the problems."""
@@ -149,7 +148,7 @@ class Engine:
     # --- requests ---
 
     def seed(self, *numbers):
-        """From here on samples depend on these integers, the weights and the engine's number alone."""
+        """From here on samples depend only on these integers, the weights and the engine's number."""
         number = hash((*numbers, self.number))
         # vLLM draws from global generators: on CPU from torch's, on GPUs a seed for each sequence from numpy's
         torch.manual_seed(number % 2**63)
@@ -157,28 +156,27 @@ class Engine:
         self._forget_prefixes()  # a cached prefix differs from one computed anew in the last bit
 
     def submit(self, record, n, max_tokens, temperature, top_p=1.0, logprobs=False):
-        """Queue n completions of a record's prompt and prefix. step() gives the record back with them.
+        """Queue n completions of a record's prompt and prefix. step() returns the record with them.
 
-        Records may be submitted while others are written. Those for which vLLM has no room are in
-        `waiting`.
+        Records can be submitted while others are generated. Those for which vLLM has no room are in `waiting`.
         """
         params = SamplingParams(
             n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=self.stop or None,
             stop_token_ids=self.stop_ids,
-            detokenize=bool(self.stop), logprobs=0 if logprobs else None,  # 0: that of the sampled token alone
+            detokenize=bool(self.stop), logprobs=0 if logprobs else None,  # 0: of the sampled token alone
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         self.waiting.append((record, params))
         self._fill()
 
     def take_waiting(self):
-        """The records that wait, which are no longer submitted then."""
+        """Take the waiting records back: they are no longer submitted."""
         records = [record for record, _ in self.waiting]
         self.waiting.clear()
         return records
 
     def _fill(self):
-        """Give vLLM what waits, as long as it has fewer than max_sequences sequences."""
+        """Give vLLM the waiting records, as long as it has fewer than max_sequences sequences."""
         while self.waiting and self.llm.llm_engine.get_num_unfinished_requests() < self.max_sequences:
             record, params = self.waiting.popleft()
             request_id = str(self.submitted)
@@ -188,7 +186,7 @@ class Engine:
             self.llm.llm_engine.add_request(request_id, prompt, params)
 
     def step(self):
-        """One step, a token for each running sequence: [(record, its completions)] of those that end."""
+        """One step, a token for each running sequence: [(record, its completions)] of the ended records."""
         if self.watch:
             self.watch.step()
         self.steps += 1
@@ -207,7 +205,7 @@ class Engine:
         return done
 
     def advance(self, grader):
-        """One step; the records that end with it are filled, and graded in the background. Returns them."""
+        """One step; fills the records that end with it and grades them in the background. Returns them."""
         ended = []
         for record, completions in self.step():
             record.receive(completions)
@@ -238,7 +236,7 @@ class Engine:
         self._wake("weights")
         if self.watch:
             named_tensors = self.watch.each(named_tensors)
-        # one call for all: with several, each restores the layers that it does not bring
+        # one call for all: each call would restore the layers that it does not bring
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         self._wake("kv_cache")
         self.asleep = False
@@ -270,10 +268,10 @@ class Engine:
 
 
 def leave_class_usable(model):
-    """Let the trainer make networks of a transformers class that this model of vLLM's is made of.
+    """Let the trainer make networks of a transformers class that vLLM's model uses.
 
-    Where vLLM has no model of its own it takes transformers', and changes that class: one made
-    elsewhere would ask for vLLM's configuration, and be compiled by it.
+    Where vLLM has no implementation of its own it takes transformers' class and changes it: an instance made
+    elsewhere would ask for vLLM's configuration, and vLLM would compile it.
     """
     for cls in {
         type(m) for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "vllm_config")
@@ -284,7 +282,7 @@ def leave_class_usable(model):
 
 
 def stops(s, tokenizer):
-    """(strings, token ids) that end a response: special tokens, which no decoded text has, are ids.
+    """(strings, token ids) that end a response: special tokens, which no decoded text has, become ids.
 
     s: settings with stop and chat.
     """
@@ -294,7 +292,7 @@ def stops(s, tokenizer):
 
 
 def shut_down(engine, grader):
-    """End what a program started; all ranks call it, before ranks.exit_all."""
+    """End what a program started. All ranks call it, before ranks.exit_all."""
     engine.watch.close()
     grader.close()
     dist.barrier()

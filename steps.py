@@ -2,9 +2,9 @@
 
     step_boundaries("paper", text, token_ids, decode)  ->  [0, 12, 31, ..]
 
-Rules: "paper" (split_steps), "newline" (each line a step), "sentence" (a step ends at a full stop
-before a capital letter), "tokens:100" (chunks of 100 tokens), "cutpoints:5" (see cutpoints). Pure
-functions on strings and token ids, without other imports.
+Rules: "paper" (split_steps), "newline" (each line is a step), "sentence" (a step ends at a full stop before
+a capital letter), "tokens:100" (chunks of 100 tokens), "cutpoints:5" (cutpoints). Pure functions on strings
+and token ids, without other imports.
 """
 
 import math
@@ -16,7 +16,7 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 def check_rule(rule):
-    """Raise ValueError if the rule is none of paper, newline, sentence, tokens:N, cutpoints:N."""
+    """Raise ValueError unless the rule is paper, newline, sentence, tokens:N or cutpoints:N."""
     counted = re.fullmatch(r"(tokens|cutpoints):[1-9]\d*", rule)
     if rule not in ("paper", "newline", "sentence") and not counted:
         names = "paper, newline, sentence, tokens:N as in tokens:100, or cutpoints:N as in cutpoints:5"
@@ -29,7 +29,7 @@ def step_boundaries(rule, text, token_ids, decode, logprobs=None):
     text: what the token ids spell; decode: token ids -> text; logprobs: of the token ids, for cutpoints:N.
     """
     if rule.startswith("cutpoints:"):
-        return cutpoints(logprobs or [], int(rule.split(":")[1]))  # None: given up by the engine
+        return cutpoints(logprobs or [], int(rule.split(":")[1]))  # None: the engine aborted it
     if rule.startswith("tokens:"):
         return [*range(0, len(token_ids), int(rule.split(":")[1])), len(token_ids)] if token_ids else [0]
     if rule == "paper":
@@ -45,11 +45,11 @@ UNSURE = 0.9  # SPO's threshold
 
 
 def cutpoints(logprobs, n):
-    """Boundaries behind every n-th token that the policy was not sure of: of a probability below UNSURE.
+    """Boundaries after every n-th token that the policy was not sure of: with a probability below UNSURE.
 
-    logprobs [N]: the engine's, of the policy that sampled, at temperature 1 and before top-p. Source:
-    SPO (arXiv 2505.23564), which cuts where a rollout may turn and does not say at which temperature;
-    at a lower one, as in sampling, fewer tokens would be below.
+    logprobs [N]: the engine's, of the policy that sampled, at temperature 1 and before top-p. Source: SPO
+    (arXiv 2505.23564), which cuts where a rollout can turn and does not say at which temperature; at a lower
+    one, as in sampling, fewer tokens would be below UNSURE.
     """
     unsure = [i + 1 for i, logprob in enumerate(logprobs) if logprob < math.log(UNSURE)]
     return sorted({0, *unsure[n - 1 :: n], len(logprobs)})
@@ -57,7 +57,7 @@ def cutpoints(logprobs, n):
 
 # --- the paper's rule ---
 
-# characters: a shorter piece that is no sentence joins its neighbour; so does a shorter line of a display
+# characters: a shorter piece joins its neighbour unless it is a sentence; so does a shorter line of a display
 SHORT, SHORT_LINE = 20, 12
 LONG = 100  # characters: a longer piece is cut near its middle ...
 HALF_TEXT, HALF_FORMULA = 40, 20  # ... where both halves keep this many characters
@@ -81,22 +81,21 @@ RELATIONS = [re.compile(p) for p in (r",(?:\$\$?|\\[)\]])", r"(?<![\\<>=!])=", r
 
 
 def split_steps(text):
-    """Character boundaries of the steps of a response: strictly increasing from 0 to len(text) ([0]
-    for "").
+    """Character boundaries of the steps of a response: strictly increasing from 0 to len(text) ([0] for "").
 
-    A response that ends in a "#### n" line, or is without any letter, has one step a line: each
-    newline begins the next step, and the "#### n" line belongs to the step before it (the paper's
-    GSM8K rule). Any other response is read as a LaTeX solution (its MATH rule): a step ends at a
-    newline, and at a full stop before white space and a capital letter, but not inside a formula;
-    the white space begins the next step. The lines of a display, and of a figure's code ([asy]),
-    are steps. Fragments join a neighbour; pieces longer than LONG are cut near the middle, after a
-    comma, "and", a colon or "to", or else inside a formula after a comma, = or \\equiv.
+    A response that ends in a "#### n" line, or has no letter, has one step per line: each newline begins the
+    next step, and the "#### n" line belongs to the step before it (the paper's GSM8K rule). Any other
+    response is read as a LaTeX solution (the paper's MATH rule): a step ends at a newline, and at a full
+    stop before white space and a capital letter, but not inside a formula; the white space begins the next
+    step. Each line of a display, and of a figure's code ([asy]), is a step. Fragments join a neighbour.
+    Pieces longer than LONG are cut near the middle, after a comma, "and", a colon or "to", or else inside a
+    formula after a comma, = or \\equiv.
 
-    Where this differs from the released heuristic (math_extract_steps_inplace.py): a line that only
-    closes an environment and a line of fewer than SHORT_LINE characters are no steps, a full stop
-    ends a step also where \\end{..} follows it in its formula, text after a figure begins a step,
-    no formula is cut after a plus sign, and a delimiter without its partner is plain text. On
-    1,000 solutions of MATH nine of ten boundaries agree (F1 0.91). Time is linear in len(text).
+    Differences from the released heuristic (math_extract_steps_inplace.py): a line that only closes an
+    environment and a line of fewer than SHORT_LINE characters are not steps; a full stop also ends a step
+    where \\end{..} follows it in its formula; text after a figure begins a step; no formula is cut after a
+    plus sign; and a delimiter without its partner is plain text. On 1,000 solutions of MATH nine of ten
+    boundaries agree (F1 0.91). Time is linear in len(text).
     """
     first, end = len(text) - len(text.lstrip()), len(text.rstrip())
     if first >= end:
@@ -130,7 +129,7 @@ def _formulas(text):
 
     A delimiter without a partner is text; `$` finds its partner in its own paragraph.
     """
-    waiting, found = {}, []  # waiting: opener -> positions of those without a partner so far
+    waiting, found = {}, []  # waiting: opener -> its positions without a partner so far
     for m in DELIMITER.finditer(text):
         mark = m.group()
         if mark.isspace():
@@ -156,7 +155,7 @@ def _formulas(text):
 
 
 def _display_lines(text, start, stop):
-    """Where lines of text[start:stop], a display, begin; but for those that only open or close it."""
+    """Where the lines of text[start:stop], a display, begin, except lines that only open or close it."""
     near = max(0, start - SHORT)
     line_start = text.rfind("\n", near, start) + 1 or near  # of the line in which the display opens
     lines = [line_start, *(m.start() for m in NEWLINE.finditer(text, start + 1, stop)), stop]
@@ -167,7 +166,7 @@ def _display_lines(text, start, stop):
 
 
 def _join_fragments(text, cuts, lines):
-    """Drop cuts that would leave a fragment: a short piece that is no sentence (see SHORT)."""
+    """Drop cuts that would leave a fragment: a short piece that is not a sentence (see SHORT)."""
     kept = [0]
     for cut in cuts[1:]:
         piece = text[kept[-1] : cut].strip()
@@ -182,7 +181,7 @@ def _join_fragments(text, cuts, lines):
 def _cut_long(text, cuts, formula_at):
     """Halve pieces longer than LONG near their middle, at a PAUSE, else at a RELATION."""
     pending, added = [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a > LONG], []
-    places = []  # (minimal half, positions), the kinds of place in the order in which they are tried
+    places = []  # (minimal half, positions) of each kind of place, in the order in which they are tried
     for patterns, half, inside in ((PAUSES, HALF_TEXT, False), (RELATIONS, HALF_FORMULA, True)):
         for pattern in patterns if pending else ():
             places.append(
@@ -204,20 +203,17 @@ def _cut_long(text, cuts, formula_at):
 
 
 def token_starts(token_ids, decode):
-    """The character of the decoded text at which each token begins.
+    """The character of the decoded text at which each token begins, or its end for a token that adds none.
 
-    One that adds none begins where the text ends.
-
-    decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character
-    whose bytes are spread over several tokens begins with the first of them. The ids are decoded in
-    windows of a few tokens, since a byte-level or SentencePiece decoder gives other characters for
-    a token alone than for the same token after another.
+    decode: list of token ids -> text, e.g. tokenizer.decode with skip_special_tokens. A character whose bytes
+    are spread over several tokens begins with the first. The ids are decoded in windows of a few tokens, because
+    a byte-level or SentencePiece decoder can give a token other characters alone than after another token.
     """
     starts, position, window, read = [], 0, 0, 0
     for i in range(len(token_ids)):
         starts.append(position)
         before, after = decode(token_ids[window:read]), decode(token_ids[window : i + 1])
-        # bytes of an unfinished character; 8 tokens on it is plain garbage
+        # bytes of an unfinished character; after 8 tokens they are plain garbage
         incomplete = after.endswith("\ufffd") and i - read < 8
         if not incomplete and len(after) > len(before):
             position += len(after) - len(before)
@@ -228,9 +224,9 @@ def token_starts(token_ids, decode):
 def token_boundaries(steps, starts):
     """Character boundaries of steps -> token boundaries, strictly increasing from 0 to len(starts).
 
-    A token belongs to the step that holds its first character (the paper's rule: the ids that were
-    sampled are the ids that are trained on, a boundary inside a token never splits it). EOS and
-    whatever follows the text belong to the last step. Steps without a token of their own vanish.
+    A token belongs to the step that holds its first character (the paper's rule: the ids that were sampled
+    are trained on, and a boundary inside a token never splits it). EOS and whatever follows the text belong
+    to the last step. Steps without a token of their own vanish.
     """
     return [
         0,

@@ -1,13 +1,10 @@
-"""PPO's value network: a second copy of the policy's backbone with a value head, trained beside it,
-and GAE on its predictions.
+"""PPO's value network, a second copy of the policy's backbone with a value head, and GAE on its predictions.
 
     delta_t = r_t + V(s_{t+1}) - V(s_t)      V(s_t) predicted for every token; 0 after the last one
     A_t = delta_t + lambda A_{t+1}           the network's target is A_t + V(s_t)
 
-Source: arXiv 1506.02438, without a discount (gamma = 1); the paper has lambda = 1.
-
-The reward comes with the last token; an unfinished response has reward 0 and value 0 after it.
-The head starts at zero.
+Source: arXiv 1506.02438, without a discount (gamma = 1); the paper has lambda = 1. The reward comes with the
+last token; an unfinished response has reward 0 and value 0 after its end. The head starts at zero.
 """
 
 import torch
@@ -21,7 +18,7 @@ from support.ranks import sum_over_ranks
 
 
 def gae(values, reward, lam=1.0):
-    """Generalized advantage estimates [N] of a response's tokens from their values [N] and its reward."""
+    """Generalized advantage estimates [N] of a response's tokens, from their values [N] and the reward."""
     advantages, following, after = [0.0] * len(values), 0.0, 0.0  # A_{t+1}, V(s_{t+1})
     for t in reversed(range(len(values))):
         delta = (reward if t == len(values) - 1 else 0.0) + after - values[t]
@@ -33,8 +30,7 @@ def gae(values, reward, lam=1.0):
 def value_loss(values, old_values, returns, num_tokens, *, clip=0.2):
     """1/num_tokens sum_tokens 1/2 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2).
 
-    All tensors [N]. num_tokens is that of the whole minibatch over all ranks, so the losses of its
-    micro-batches add up.
+    All tensors [N]. num_tokens counts the whole minibatch over all ranks, so micro-batches' losses add up.
     """
     clipped = values.clamp(old_values - clip, old_values + clip)
     errors = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
@@ -58,14 +54,14 @@ class ValueNetwork(torch.nn.Module):
 
 
 class Critic(Estimator):
-    """The value network, sharded like the policy. s: settings, those of ppo.Trainer, critic_learning_rate and
+    """The value network, sharded like the policy. s: ppo.Trainer's settings, critic_learning_rate and
     gae_lambda.
     """
 
     def __init__(self, s, device):
         self.s, self.device = s, device
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # else it reports that the folder has no value head
+        logging.set_verbosity_error()  # else it would report that the folder has no value head
         network = dict(wrapper=ValueNetwork, architecture=AutoModelForTokenClassification)
         head = dict(num_labels=1, classifier_dropout=0.0)
         loading = dict(bfloat16=s.bfloat16, trust_remote_code=s.trust_remote_code)
@@ -80,7 +76,7 @@ class Critic(Estimator):
 
     @torch.no_grad()
     def set_advantages(self, episodes):
-        """Set the advantages of this rank's episodes, the values they come from, and the returns."""
+        """Set the advantages of this rank's episodes, their values and their returns."""
         values = torch.zeros(sum(len(e.response_ids) for e in episodes), device=self.device)  # [N]
         for m in self.learner.micro_batches(episodes):
             values[m.tokens] = self.model(m)
@@ -93,8 +89,7 @@ class Critic(Estimator):
     def update(self, episodes):
         """Fit the network to the returns of the episodes whose advantages it has set.
 
-        Returns metrics over all ranks; explained_variance is that of the predictions from which the
-        advantages came.
+        Returns metrics over all ranks; explained_variance is of the predictions behind the advantages.
         """
         old_values = per_token(episodes, "token_values", self.device)  # [N]
         returns = per_token(episodes, "returns", self.device)  # [N]

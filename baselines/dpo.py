@@ -1,5 +1,4 @@
-"""DPO-positive (arXiv 2402.13228), the paper's DPO+: learn from pairs of a right and a wrong
-response that the policy wrote to one problem.
+"""DPO-positive (arXiv 2402.13228), the paper's DPO+: learn from pairs of a right and a wrong response.
 
     torchrun --nproc_per_node=8 -m baselines.dpo --dataset math
     python -m baselines.dpo --dataset arithmetic --learning_rate 1e-4 --problems_per_round 256
@@ -7,9 +6,9 @@ response that the policy wrote to one problem.
     loss = -log sigmoid(beta (log rho(right) - log rho(wrong) - penalty max(0, -log rho(right))))
     rho(y) = pi(y) / pi_ref(y)
 
-The penalty holds up the likelihood of the right response, which plain DPO lets fall as long as that
-of the wrong one falls faster. The reference of a round is the policy that sampled its pairs; with
---rounds 1 that is DPO+ as published.
+Both responses are the policy's own, to one problem. The penalty holds up the likelihood of the right
+response; plain DPO lets it fall if the likelihood of the wrong response falls faster. The reference of a
+round is the policy that sampled its pairs; with --rounds 1 this is DPO+ as published.
 """
 
 import support.startup  # noqa: F401 (before torch is imported)
@@ -42,7 +41,7 @@ def dpo_positive_loss(right, wrong, ref_right, ref_wrong, beta=0.3, penalty=50.0
 
 
 def pairs_of(episodes, cap, seed):
-    """[(right episode, wrong episode)], at most `cap` to a problem, no response in two pairs."""
+    """[(right episode, wrong episode)], at most `cap` per problem, no response in two pairs."""
     rng = random.Random(seed)
     pairs = []
     for right, wrong in rounds.by_problem(episodes):

@@ -1,10 +1,8 @@
-"""Advantages without values: a response is compared with the other responses to its problem.
+"""GRPO and RLOO, advantages without values: a response is compared with the other responses to its problem.
 
-GRPO and RLOO.
-
-All tokens of a response get its one advantage. The loss, the KL term and the sampling are those of
-train.py for every algorithm, so GRPO here has PPO's mean over the tokens of the minibatch where its
-authors take the mean of each response first.
+All tokens of a response get its one advantage. Loss, KL term and sampling are the same for every algorithm
+of train.py, so GRPO here has PPO's mean over the tokens of the minibatch; its authors take the mean of each
+response first.
 """
 
 import statistics
@@ -19,13 +17,13 @@ def grpo(rewards):
 
 
 def rloo(rewards):
-    """R_i minus the mean reward of the group's others (arXiv 2402.14740, section 3.3)."""
+    """R_i minus the mean reward of the others in the group (arXiv 2402.14740, section 3.3)."""
     total = sum(rewards)
     return [r - (total - r) / (len(rewards) - 1) for r in rewards]
 
 
 class Group(Estimator):
-    """formula: grpo or rloo. size: of a group, at least 2: this many episodes in a row answer one problem."""
+    """formula: grpo or rloo. size: at least 2; this many consecutive episodes answer one problem."""
 
     def __init__(self, formula, size):
         self.formula, self.size = formula, size

@@ -1,11 +1,10 @@
-"""RestEM (arXiv 2312.06585): sample with the policy, keep the right responses, fine-tune the base
-model on them; repeat.
+"""RestEM (arXiv 2312.06585): sample, keep the right responses, fine-tune the base model on them; repeat.
 
     torchrun --nproc_per_node=8 -m baselines.restem --dataset math
     python -m baselines.restem --dataset arithmetic --learning_rate 3e-4 --problems_per_round 256
 
-Every round starts again from the base model, so that what an early round taught does not pile up;
-the policy of the last round only samples.
+Every round starts again from the base model, so what an early round taught does not pile up; the policy of
+the round before only samples.
 """
 
 import support.startup  # noqa: F401 (before torch is imported)
@@ -28,7 +27,7 @@ class Settings(rounds.Settings):
 
 
 def right_responses(episodes, cap, seed):
-    """At most `cap` distinct right responses to each problem, chosen at random."""
+    """At most `cap` distinct right responses per problem, chosen at random."""
     rng = random.Random(seed)
     return [e for right, _ in rounds.by_problem(episodes) for e in rng.sample(right, min(cap, len(right)))]
 

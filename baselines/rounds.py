@@ -1,8 +1,6 @@
-"""What RestEM and DPO+ share: rounds of sampling many responses with the policy, training on the
-graded ones, and evaluating.
+"""What RestEM and DPO+ share: rounds of sampling, training on the graded responses, and evaluating.
 
-Sampling, grading and evaluation are the core's; how a round trains is the one function that
-restem.py and dpo.py bring.
+Sampling, grading and evaluation are the core's; restem.py and dpo.py bring the function that trains.
 """
 
 import json
@@ -30,9 +28,7 @@ from train import PRESETS
 
 @dataclass
 class Settings:
-    """The values are train.py's for MATH where it has them; rounds, cap and learning_rate are our
-    choice.
-    """
+    """train.py's values for MATH where it has them; rounds, cap and learning_rate are our choice."""
 
     dataset: str = setting(
         "arithmetic",
@@ -74,11 +70,10 @@ class Settings:
 
 
 def main(method, doc, settings_class, train_round):
-    """The program: train_round(s, episodes, policy, device) -> (the new sharded policy, optimizer
-    steps, metrics).
+    """The program: train_round(s, episodes, policy, device) -> (new policy, optimizer steps, metrics).
 
-    episodes: all ranks' graded responses of the round, the same list on every rank; policy: the
-    sharded one that sampled them, None in the first round (it is s.model then).
+    episodes: all ranks' graded responses of the round, the same list on every rank; policy: the sharded
+    policy that sampled them, None in the first round (it is s.model then).
     """
     first = os.environ.get("RANK", "0") == "0"
     try:

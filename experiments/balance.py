@@ -9,9 +9,9 @@ gets 8 responses to each. The length of a response is that of the dataset's solu
 factor (mean 1, sigma 0.35). Each state gets 9 rollouts; the length of a rollout is the length of the
 response after the state times another such factor. The prompt is one state for its 8 responses. With
 --run the program draws groups of responses that train.py stored, with the lengths of their steps and
-rollouts. In a step an engine adds a token to each of its sequences; docs/speed.md estimates how long a
-step takes. The seconds are as good as these assumptions. Two things are left out: prefill (also that of a
-state whose prefix is in the cache of another rank), and the limit of a rollout, which may only use the
+rollouts. In a step an engine adds a token to each of its sequences; experiments/README.md estimates how
+long a step takes. The seconds are as good as these assumptions. Two things are left out: prefill (also of a
+state whose prefix is in the cache of another rank), and the limit of a rollout, which can only use the
 tokens that its prefix leaves.
 """
 

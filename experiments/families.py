@@ -1,6 +1,6 @@
 """Which model families train here? A tiny random model of each goes through train.py, on CPU or GPU.
 
-    python experiments/families.py                  # all of them, 20 s each; the table in docs/models.md
+    python experiments/families.py                  # all of them, 20 s each; the table in docs/running.md
     python experiments/families.py SmolLM3 StableLM # some of them
 
 A run has two iterations with a large learning rate. The gap is the mean absolute difference between the

@@ -3,10 +3,10 @@ r"""Is the final answer of a text right? Exact, without hanging, and without exe
     from grading import is_correct
     is_correct("Half of 15, so it is \\boxed{7.5}.", "\\frac{15}{2}")  # True
 
-extraction.py finds the answer, answers.py holds the rules of equality (expressions.py, spellings.py and
-units.py are their vocabulary). What the rules leave to symbolic comparison goes to math-verify, in a
-process that the kernel ends when it has used up its CPU time (symbolic.py): how busy the machine is does
-not change a verdict. The package needs math-verify and nothing else of this project.
+extraction.py finds the answer; answers.py holds the rules of equality, with their vocabulary in
+expressions.py, spellings.py and units.py. For the rest the rules ask math-verify, in a process that the
+kernel ends when it has used up its CPU time (symbolic.py), so a busy machine does not change a verdict. The
+package needs math-verify and nothing else of this project.
 """
 
 from functools import cache
@@ -19,10 +19,10 @@ __all__ = ["MAX_LENGTH", "Workers", "boxed", "equal_within", "extract_answer", "
 
 
 def is_correct(text, gold, seconds=1.0):
-    """Whether a text's final answer equals the gold answer, which is bare: "72", "\\frac{1}{2}".
+    """Whether a text's final answer equals the gold answer, a bare answer: "72", "\\frac{1}{2}".
 
-    seconds: CPU time for a symbolic comparison; one that takes longer counts as different. A program
-    with many texts takes grader.Grader, which grades in parallel and remembers.
+    seconds: CPU time for a symbolic comparison; a longer one counts as different. For many texts use
+    grader.Grader, which grades in parallel and remembers.
     """
     answer = extract_answer(text)
     return answer is not None and equal_within(seconds, answer, gold, _one_worker()) is True
@@ -31,7 +31,7 @@ def is_correct(text, gold, seconds=1.0):
 def equal_within(seconds, answer, gold, workers):
     """Whether two bare answers are equal; None if the symbolic part needs more CPU time than `seconds`.
 
-    workers: a symbolic.Workers. Threads may call this at the same time.
+    workers: a symbolic.Workers. Threads can call this at the same time.
     """
     left = seconds
 

@@ -1,11 +1,10 @@
-r"""Are two final answers the same? Rules that take both apart into plain pieces, exactly and
-without executing anything.
+r"""Are two final answers the same? Rules that take both apart into plain pieces, exactly, executing nothing.
 
     equal("0.5", "\\frac{1}{2}", symbolic)  ->  True
 
-The pieces: lists and sets (in any order), tuples and intervals (in order, with their brackets),
-matrices, relations, numbers (compared as exact fractions), units, words. Only a scalar expression
-that is none of these is left to symbolic.
+The pieces: lists and sets (in any order), tuples and intervals (in order, with their brackets), matrices,
+relations, numbers (compared as exact fractions), units, words. `symbolic` decides only about other scalar
+expressions.
 """
 
 import re
@@ -28,7 +27,7 @@ SCIENTIFIC = re.compile(
 )
 VARIABLE = rf"(?:\\(?:{ACCENTS})\s*\{{\w+\}}|\\(?:{GREEK})(?![a-z])|[A-Za-z])(?:_(?:\{{[^{{}}]*\}}|\w))?'*"
 ARGUMENT = r"\(\s*-?[^()+=<>-]*(?:\(-?[^()+=<>-]*\))?\s*\)"
-LABELS = [  # what an answer may be called
+LABELS = [  # what an answer can be called
     VARIABLE,
     r"[A-Za-z]\([A-Za-z]\)",
     rf"(?:(?![a-eiklmnoxyz]){VARIABLE}|[A-Z])(?:\^\{{-1\}}\s*)?{ARGUMENT}",  # f(2); x(x-1) is a product
@@ -55,8 +54,9 @@ TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 
 
 def equal(answer, gold, symbolic):
-    """Whether two answers are the same one. symbolic(a, b) -> bool decides about two scalar
-    expressions, and about two relations of them, "(left)=(right)", that no rule covers.
+    """Whether two answers are the same.
+
+    symbolic(a, b) -> bool decides the rest: two scalar expressions, or two relations "(left)=(right)".
     """
     answer, gold = " ".join(answer.split()), " ".join(gold.split())
     if answer == gold:
@@ -101,7 +101,7 @@ def _same(a, b, symbolic, depth=0):
             rest.remove(match)
         return True
     (value_a, unit_a), (value_b, unit_b) = measured(a, letters=not depth), measured(b)
-    if unit_a or unit_b:  # a unit may be left out, but not exchanged
+    if unit_a or unit_b:  # a unit can be left out, but not exchanged
         return (not (unit_a and unit_b) or unit_a == unit_b) and again(value_a, value_b)
     if LITERAL.fullmatch(a) or LITERAL.fullmatch(b):
         return re.sub(r"[\s{}]", "", a) == re.sub(r"[\s{}]", "", b)
@@ -116,7 +116,7 @@ def _same(a, b, symbolic, depth=0):
 
 
 def _same_relation(a, b, symbolic, again):
-    """a, b: (signs, sides), or the text of what is no relation."""
+    """a, b: (signs, sides), or a text that is not a relation."""
     if isinstance(a, str) or isinstance(b, str):  # "x = 2+3 = 5" is 5 if each of its sides is
         (signs, sides), other = (b, a) if isinstance(a, str) else (a, b)
         chain = len(signs) > 1 and set(signs) == {"="} and LABEL.fullmatch(sides[0].strip())
@@ -135,14 +135,12 @@ def _same_relation(a, b, symbolic, again):
 
 
 def _squeezed(text):
-    """Without white space, but for that between digits: "3 1/2" is not 31/2."""
+    """Without white space, except between digits: "3 1/2" is not 31/2."""
     return re.sub(r"(?<![\d,.])\s+|\s+(?![\d.])", "", text)
 
 
 def _number(text):
-    """Exact value of a decimal, a fraction, a mixed number or a power of ten; None if the text is
-    none of these.
-    """
+    """Exact value of a decimal, fraction, mixed number or power of ten; None for any other text."""
     text = text.strip()
     if text.startswith("{") and text.endswith("}"):
         text = text[1:-1].strip()
@@ -170,7 +168,7 @@ def _divide(a, b):
 
 
 def _label(text):
-    """("x", "5") of "x = 5"; ("", text) if nothing in front says what the answer is called."""
+    """("x", "5") of "x = 5"; ("", text) if nothing in front names the answer."""
     if m := re.match(r"\\text\s*\{[^{}]*[a-z]\s*(?:(?:[:=]|\sis)\s*\}|\}\s*:)", text):
         return m[0], text[m.end() :]
     parts, signs = _split(text, RELATIONS)
@@ -197,9 +195,7 @@ def _sides(text):
 
 
 def _pieces(text):
-    """(kind, items) of an answer with parts: "list" (also a set), "union", "matrix..", "(]".. by
-    its brackets; ("", []) for a scalar.
-    """
+    """(kind, items): "list" (or set), "union", "matrix..", "(]".. by its brackets; ("", []) for a scalar."""
     if m := MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\", m[4].strip().removesuffix("\\\\"))]
         shape = "det" if m[3][0] in "vV" or m[2] == "|" else "matrix"
@@ -230,7 +226,7 @@ def _pieces(text):
 
 
 def _signs(parts):
-    r"""The parts that are not empty; twice where there is a \pm."""
+    r"""The parts that are not empty; a part with a \pm becomes two."""
     both = [
         (p.replace("\\pm", "+").replace("\\mp", "-"), p.replace("\\pm", "-").replace("\\mp", "+"))
         for p in parts
@@ -239,9 +235,9 @@ def _signs(parts):
 
 
 def _split(text, separators):
-    """(parts, the separators between them): those that stand outside of all brackets.
+    """(parts, the separators between them), split at separators outside of all brackets.
 
-    A bracket that does not fit leaves the text whole.
+    A bracket without a partner leaves the text whole.
     """
     parts, found, depth, start = [], [], 0, 0
     for m in TOKEN.finditer(text):

@@ -1,5 +1,5 @@
-r"""Scalar expressions as math-verify's parser is given them: with nothing in them that it would drop, merge or
-take for something else.
+r"""Scalar expressions for math-verify's parser, with nothing in them that the parser would drop, merge or
+misread.
 
     plain("r - R", names)  ->  "\\variable{r} - \\variable{R}"
 """
@@ -12,12 +12,12 @@ GREEK = (
     "|rho|varrho|sigma|varsigma|tau|upsilon|phi|varphi|chi|psi|omega"
     "|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|hbar|ell"
 )
-KNOWN = (  # commands that the parser reads as everybody does
+KNOWN = (  # commands that the parser reads as usual
     FUNCTIONS + "|variable|frac|sqrt|pi|infty|cdot|times|div|mod|binom|sum|prod|int|lim|to|gcd|lcm|max|min"
     "|lfloor|rfloor|lceil|rceil"
 )
 ACCENTS = "bar|overline|vec|overrightarrow|hat|widehat|tilde|dot|mathcal|mathfrak"
-NAME = re.compile(  # a variable with all that is attached to it; or a command, to step over it
+NAME = re.compile(  # a variable with everything attached to it; or a command, to skip it
     r"(?P<call>(?<![a-zA-Z\\])f'*\s*\((?:[^()]|\([^()]*\))*\))|"
     rf"(\\(?:{ACCENTS})\s*\{{\s*\\?\w+\s*\}}|\\(?:{GREEK})(?![a-zA-Z])|(?<!\\)[^\W\d_])"
     r"(\s*_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\d+|[a-zA-Z]))?"
@@ -36,9 +36,9 @@ ENDS = {*"+-*/=,|", "\\cdot", "\\times", "\\div", "\\mod", *("\\" + name for nam
 
 
 def plain(text, names):
-    """The LaTeX with each variable under a name of its own; names keeps them from text to text.
+    """The LaTeX with one name for each variable; `names` keeps the names from text to text.
 
-    Raises ValueError for what the parser would not take at its word.
+    Raises ValueError for text that the parser would misread.
     """
     text = re.sub(r"\\operatorname\*?\s*\{\s*([a-z]+)\s*\}", r"\\\1 ", text)
     text = re.sub(r"\\[lr]vert(?![a-z])", "|", text.replace("\\bmod", "\\mod"))
@@ -77,7 +77,7 @@ def plain(text, names):
     if unknown or infinite and not indexed or LEFT_OVER.search(text):
         raise ValueError(f"the parser would misread {text}")
     text = _arguments(text)
-    # a number beside a parenthesis or a fraction in front of one is a factor, no part of a mixed number
+    # a number beside a parenthesis or a fraction in front of one is a factor, not part of a mixed number
     text = re.sub(r"(?<=[\d)}])\s*(?=\()|(?<=[)}])\s*(?=\d|\\frac)", r"\\cdot ", text)
     return text.replace(OPERAND, "")
 
@@ -108,7 +108,7 @@ def _arguments(text):
 
 
 def _end(tokens, i):
-    """Where the token or group that begins at i ends."""
+    """The end of the token or group that begins at i."""
     depth = 0
     while i < len(tokens):
         depth += (tokens[i] in ("(", "{", "[")) - (tokens[i] in (")", "}", "]"))

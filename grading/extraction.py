@@ -4,7 +4,7 @@ import re
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 SHORT_BOX = re.compile(r"[-+]?\d[\d.,/]*(?<![.,/])|[a-zA-Z]")  # of \boxed 7
-JOINT = re.compile(  # what may stand between two boxes of one answer
+JOINT = re.compile(  # what can stand between two boxes of one answer
     r"(?:[\s$,;~]|\\[()\[\], ;]|\\q?quad|and\b|or\b|\\(?:text|mbox)\s*\{[\s,]*(?:and|or)?[\s,]*\})+"
 )
 STATED = [
@@ -18,12 +18,11 @@ STATED = [
 
 
 def extract_answer(text):
-    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else what follows
-    a heading "# Answer", else "The answer is ..".
+    r"""The final answer of a response: the last \boxed{..}, else "#### ..", else the text after a heading
+    "# Answer", else "The answer is ..". None if there is none.
 
-    None where there is none. A last box that is empty or never closed is no answer, and an earlier
-    one does not take its place; nor does one in a <think> block. Boxes joined by "and" or a comma
-    are one answer.
+    If the last box is empty or never closed there is no answer: an earlier box does not replace it. Boxes in
+    a <think> block do not count. Boxes joined by "and" or a comma are one answer.
     """
     text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
     if BOX.search(text):
@@ -36,7 +35,7 @@ def extract_answer(text):
 
 
 def boxed(text):
-    r"""What is in the last \boxed{..} or \fbox{..}, and in those joined to it; None if nothing is."""
+    r"""The content of the last \boxed{..} or \fbox{..}, and of boxes joined to it; None if there is none."""
     answers, boundary = [], None
     for box in reversed(list(BOX.finditer(text))):
         inside, end = _inside_box(text, box.end())
@@ -45,14 +44,14 @@ def boxed(text):
             break
         if not inside:
             return None
-        if inside not in answers:  # or it is only said twice
+        if inside not in answers:  # not the same answer twice
             answers.append(inside)
         boundary = box.start()
     return ", ".join(reversed(answers)) or None
 
 
 def _inside_box(text, start):
-    """(the text of the box that begins at start, where it ends); None if it is empty or never closed."""
+    """(the text of the box that begins at start, or None if it is empty or never closed; its end)."""
     if text[start : start + 1] != "{":
         short = SHORT_BOX.match(text, start)
         return (short.group(), short.end()) if short else (None, start)

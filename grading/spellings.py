@@ -1,4 +1,4 @@
-r"""One way to write what is written in several: normal("\\dfrac12") is "\\frac{1}{2}".
+r"""One spelling for what has several: normal("\\dfrac12") is "\\frac{1}{2}".
 
 To know one more spelling, add a line to SPELLINGS.
 """
@@ -25,12 +25,12 @@ PARENTHESES = r"\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
 
 
 def _font(m):
-    """What is written in another font: a letter, a formula, or \\text."""
+    """Text in another font: a letter, a formula, or \\text."""
     bold, inside = re.match(r"\\(math|bold|bm|pmb|textbf|textit|emph)", m[0]), m[2].strip()
     if re.fullmatch("[A-Za-z]", inside) and (
         inside not in "mgshL" or not re.match(r"\\(text|mbox|mathrm)\b", m[0])
     ):
-        return f"{{{inside}}}" if inside in "mgshL" else f" {inside}"  # a bold m is no metre
+        return f"{{{inside}}}" if inside in "mgshL" else f" {inside}"  # a bold m is not a metre
     formula = bold and not re.fullmatch(r"[A-Za-z][A-Za-z\s.]*|%", inside)
     return f"{{{inside}}}" if formula else f"\\text{{{m[2]}}}"
 
@@ -42,7 +42,7 @@ def _repeating(m):
 
 
 FONT = rf"\\(mbox|hbox|emph|boldsymbol|bm|pmb|text|(?:text|math)(?:bf|it|rm|sf|tt|sc|up|normal))\s*{BRACED}"
-SPELLINGS = [  # what is written in several ways gets one; in this order
+SPELLINGS = [  # several spellings become one, in this order
     (r"(?<=\d)(?:,\s*\\!|\{,\s*\}|\\,)\s*(?=\d{3}(?!\d))", ""),
     (r"\\(left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|(?<!\\)(?:\$|\\[()\[\]])", ""),
     (r"^\s*\*\*(.*)\*\*\s*$", r"\1"),

@@ -1,7 +1,7 @@
 """Symbolic equality, in processes that the kernel ends when an answer has used up its time.
 
-math-verify's parser reads the LaTeX; sympy then has to prove that the two are equal. What it cannot
-prove is different: numbers that agree in many digits never count as equal.
+math-verify's parser reads the LaTeX; sympy then has to prove that the two are equal. What sympy cannot prove
+is different: numbers that agree in many digits never count as equal.
 """
 
 import json
@@ -17,15 +17,15 @@ from pathlib import Path
 
 from grading.expressions import plain
 
-WORKER_BYTES = 4 << 30  # address space of a worker: Python, sympy, and what an answer may make of it
-# seconds of wall clock that an answer may take, and how many more for each second of its CPU time:
-# only one that sleeps takes so long, or one on a machine that is busy beyond use
+WORKER_BYTES = 4 << 30  # address space of a worker: Python, sympy, and what an answer can make of it
+# seconds of wall clock that an answer can take, and how many more for each second of its CPU time:
+# only an answer that sleeps takes so long, or any answer on a hopelessly busy machine
 FAR, FAR_PER_SECOND = 30, 30
 RELATION = re.compile(r"\((.*)\)(=|\\neq|<|\\leq)\((.*)\)")
 
 
 class Workers:
-    """Processes that compare answers, each one pair at a time. Threads may share them."""
+    """Processes that compare answers, each one pair at a time. Threads can share them."""
 
     def __init__(self, count):
         self._idle = queue.SimpleQueue()
@@ -33,19 +33,19 @@ class Workers:
             self._idle.put(_ready(worker))
 
     def ask(self, answer, gold, seconds):
-        """("equal", "different", or something else if the worker died of the pair; CPU seconds)"""
+        """("equal", "different", or something else if the pair killed the worker; CPU seconds)."""
         worker = self._idle.get()
         try:
             worker.stdin.write(json.dumps([answer, gold, seconds]) + "\n")
             worker.stdin.flush()
             reply, *took = worker.stdout.readline().split()
-        except (BrokenPipeError, ValueError):  # gone altogether: killed from outside, say
+        except (BrokenPipeError, ValueError):  # it is gone, for example killed from outside
             worker, reply, took = _ready(_start_worker()), "", []
         self._idle.put(worker)
         return reply, float(took[0]) if took else seconds
 
     def close(self):
-        """End them. They also end when this process ends, since their input closes."""
+        """End the workers. They also end with this process, because their input closes."""
         while not self._idle.empty():
             self._idle.get().stdin.close()
 
@@ -57,7 +57,7 @@ def _start_worker():
 
 
 def _ready(worker):
-    """The worker, once it has loaded math-verify."""
+    """The worker, after it has loaded math-verify."""
     if worker.stdout.readline() != "ready\n":
         raise RuntimeError(
             "a grader's worker did not start (its error is above); is math-verify[antlr4-13-2] installed?"
@@ -78,7 +78,7 @@ def work():
     while True:
         child = os.fork()
         if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # parsers complain there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # where parsers complain
             _answer(math)
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:  # its input has closed
@@ -131,7 +131,7 @@ class _Math:
         return a == b or self.is_zero(a - b)
 
     def same_relation(self, a, b, sign):
-        """Whether both say the same of 0: one is the other times a number, if that is all there is to see."""
+        """Whether both relations to 0 are the same: one difference is the other times a number."""
         if a.free_symbols != b.free_symbols or not a.free_symbols:
             return False
         for point in self.points(a.free_symbols):
@@ -151,7 +151,7 @@ class _Math:
         return value
 
     def points(self, symbols):
-        """Places at which expressions are tried; none of them is special."""
+        """Points at which expressions are evaluated; none of them is special."""
         symbols = sorted(symbols, key=str)
         for shift, sign in ((17, 1), (29, 1), (41, -1)):
             yield {
@@ -160,14 +160,14 @@ class _Math:
             }
 
     def is_not_zero(self, value, point=None):
-        """Whether a number is certainly not 0: a digit of it is known, however small it is."""
+        """Whether a number is certainly not 0: one of its digits is known, however small the number is."""
         parts = value.evalf(15, subs=point).as_real_imag()
         return any(
             part.is_Float and part._prec > 1 and part != 0 or part.is_Rational and part for part in parts
         )
 
     def is_zero(self, difference):
-        """Whether a difference is proven to be 0 everywhere."""
+        """Whether sympy proves that a difference is 0 everywhere."""
         s = self.sympy
         if difference == 0 or s.expand(difference) == 0:
             return True

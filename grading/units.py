@@ -1,4 +1,4 @@
-r"""Units of measurement, money and things counted: what each is spelled like, and of what kind it is.
+r"""Units of measurement, money and things counted: the spellings and the kind of each.
 
     unit("sq. in.")  ->  "inch^2"      unit("mi/hr")  ->  "mile/hour"      unit("trillion")  ->  ""
 
@@ -73,14 +73,14 @@ SPELLINGS = _spellings()
 
 
 def unit(text):
-    """The unit's one name, the same for all its spellings; "" if the text is none."""
+    """The unit's one name, the same for all its spellings; "" if the text is not a unit."""
     above, *below = re.split(r"\s*/\s*|\b(?:per\s(?!cent)|an?\s)\s*", text.strip())
     parts = [_name(above, "length"), *(_name(part, "time") for part in below)]
     return "/".join(parts) if all(parts) else ""
 
 
 def _name(text, squared):
-    """The one name of a unit without a divisor; squared: the kind that may stand with an exponent."""
+    """The one name of a unit without a divisor; squared: the kind that can have an exponent."""
     text = re.sub(r"\b([A-Za-z])\.\s?([A-Za-z])\b", r"\1\2", text)  # a.m. is am
     tokens = re.findall(r"\^\s*\{?\s*[23]\s*\}?|[^\s.{}^]+", text)
     if re.sub(r"[\s.{}]", "", text) != re.sub(r"[\s{}]", "", "".join(tokens)):
@@ -94,10 +94,10 @@ def _name(text, squared):
 
 
 def measured(text, letters=False):
-    """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" where there is none.
+    """(value, unit) of "5\\text{ cm}^2" or "5 cm^2"; the unit is "" if there is none.
 
-    letters: one or two letters right after a number may be a unit: in an answer, but not in a gold
-    answer, where they are variables.
+    letters: one or two letters right after a number can be a unit: in an answer, but not in a gold answer,
+    where they are variables.
     """
     tail = TAIL.search(text)
     for i in range(max(tail.start(), 1), len(text)) if tail else ():
@@ -116,7 +116,7 @@ def measured(text, letters=False):
 
 
 def _product(value, tail, letters):
-    """Whether the letters after a value are variables, not a unit, as in x^2 m and 2\\sqrt{3}s."""
+    """Whether the letters after a value are variables and not a unit, as in x^2 m and 2\\sqrt{3}s."""
     word = tail.strip()
     if len(word) <= 2 and word.isalpha() and not letters and not tail[0].isspace():
         return True

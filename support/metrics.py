@@ -12,7 +12,7 @@ from support.ranks import gather_lists
 
 
 class Phases:
-    """Seconds and prefix cache counts of an iteration's phases; prints a line when one takes long."""
+    """Seconds and prefix cache counts of an iteration's phases; prints a line when a phase takes long."""
 
     LONG = 120  # seconds
 
@@ -26,7 +26,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name, can_stop=False):
-        """See Watch.phase. Waiting for other ranks at the end of a phase is not counted."""
+        """A Watch.phase, with its seconds; they exclude the wait for other ranks at the end of the phase."""
         with self.engine.watch.phase(name, can_stop):
             start, cache = time.perf_counter(), self.engine.prefix_cache_counts()
             notice = threading.Timer(self.LONG, self._say_long, [name])
@@ -46,10 +46,10 @@ class Phases:
 
 
 def iteration_metrics(episodes, states, seconds, counts, epochs):
-    """Metrics of an iteration over all ranks; every rank calls it.
+    """Metrics of an iteration over all ranks. All ranks call it.
 
-    episodes: this rank's. states: those that its engine valued, from the rank that leads the engine, else []; None:
-    the algorithm values no states. seconds: of its phases. counts: numbers to be summed over the ranks. epochs:
+    episodes: this rank's. states: what its engine valued, on the rank that leads the engine, else []; None:
+    the algorithm values no states. seconds: of each phase. counts: numbers to sum over the ranks. epochs:
     passes over the episodes in the update.
     """
     rows = []
@@ -97,12 +97,12 @@ def iteration_metrics(episodes, states, seconds, counts, epochs):
 def evaluation_metrics(episodes, tensor_parallel):
     """Accuracy and sampled tokens over all ranks. All ranks call it. tensor_parallel: ranks of an engine."""
     rows = gather_lists([(e.reward, len(e.response_ids)) for e in episodes])
-    rewards, tokens = zip(*rows)  # those of an engine once from each of its ranks
+    rewards, tokens = zip(*rows)  # an engine's come once from each of its ranks
     return {"accuracy": statistics.mean(rewards), "tokens_evaluate": sum(tokens) // tensor_parallel}
 
 
 def rounded(value):
-    """A float to six digits for metrics.jsonl, None if it is not finite: JSON has no such numbers."""
+    """A float rounded to six digits for metrics.jsonl; None if it is not finite, which JSON cannot hold."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if abs(value) < float("inf") else None

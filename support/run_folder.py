@@ -1,17 +1,15 @@
-"""The folder of a run.
+"""The folder of a run. What stands there under its final name is whole, whenever the run was killed.
 
-What it holds under its own name is whole, at whatever moment the run was killed.
-
-    settings.json     of the newest start
-    inputs.json       hashes of the model and the problems that it began with, and the day of the first start
+    settings.json     settings of the newest start
+    inputs.json       hashes of the model and the problems that the run began with, and the day of its first start
     metrics.jsonl     one line per iteration; line 0: accuracy before training
-    checkpoints/N     a Hugging Face folder of the policy after N iterations; in state/ what training
-                      resumes from, and the settings
+    checkpoints/N     the policy after N iterations, a Hugging Face folder; in state/ what training resumes
+                      from, and the settings
     episodes/00000N   stored responses, for tools/show.py
     model             the final policy, a Hugging Face folder
 
-Files and folders are written under the name NAME.unfinished first and then renamed. A folder lists
-its files' sizes, so that one that a copy or a file system cut short is not taken for whole either.
+Files and folders are written as NAME.unfinished and then renamed. A folder lists the sizes of its files, so
+that a folder that a copy or a file system cut short does not count as whole either.
 """
 
 import fcntl
@@ -31,7 +29,7 @@ SIZES = "files.json"  # of a folder: {file: bytes}
 
 
 def write_text(path, text):
-    """Write a text file beside and rename it."""
+    """Write a text file under another name and rename it."""
     draft = path.with_name(path.name + ".unfinished")
     with open(draft, "w") as f:
         f.write(text)
@@ -41,7 +39,7 @@ def write_text(path, text):
 
 
 def read_json(path):
-    """What a .json file holds. Raises ValueError, with its name."""
+    """What a .json file holds. Raises ValueError, which names the file."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -69,9 +67,9 @@ def write_folder(final, write):
             sizes = {str(p.relative_to(draft)): p.stat().st_size for p in draft.rglob("*") if p.is_file()}
             write_text(draft / SIZES, json.dumps(sizes, indent=1))
             os.sync()  # else a power failure could leave the new name with files cut short
-            shutil.rmtree(final, ignore_errors=True)  # one that was cut short
+            shutil.rmtree(final, ignore_errors=True)  # a folder that was cut short
             draft.rename(final)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, CheckpointException) as error:  # torch's is not an Exception
         free = shutil.disk_usage(draft.parent).free / 1e6
         shutil.rmtree(draft, ignore_errors=True)
         # torch's exception brings the traces of all ranks, the reason at the end
@@ -84,7 +82,7 @@ def write_folder(final, write):
 
 
 def whole(folder):
-    """Whether all that write_folder wrote is there."""
+    """Whether everything that write_folder wrote is there."""
     try:
         sizes = json.loads((folder / SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -98,7 +96,7 @@ def checkpoints(run):
 
 
 def write_checkpoint(run, iteration, write, keep):
-    """checkpoints/`iteration`, as write_folder; then all but the newest `keep` are deleted (0: none)."""
+    """Write checkpoints/`iteration` like write_folder; then delete all but the newest `keep` (0: none)."""
     write_folder(run / "checkpoints" / str(iteration), write)
     if dist.get_rank() == 0:
         for older in [p for p in checkpoints(run) if whole(p)][:-keep] if keep else ():
@@ -109,12 +107,12 @@ def write_checkpoint(run, iteration, write, keep):
 
 
 def newest_checkpoint(run):
-    """(iterations done, folder) of the newest whole checkpoint; (0, None) without one."""
+    """(iterations done, folder) of the newest whole checkpoint; (0, None) if there is none."""
     return next(((int(p.name), p) for p in reversed(checkpoints(run)) if whole(p)), (0, None))
 
 
 def lock(run):
-    """Keep other processes out while the returned file is open. Raises ValueError if one is in."""
+    """Keep other processes out while the returned file is open. Raises ValueError if another has it."""
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / "lock", "w")
     try:
@@ -125,9 +123,9 @@ def lock(run):
 
 
 def read_metrics(run, done):
-    """The lines of metrics.jsonl up to iteration `done`. Raises ValueError if one is missing.
+    """The lines of metrics.jsonl up to iteration `done`. Raises ValueError if a line is missing.
 
-    A kill may have cut the last one short.
+    A kill can have cut the last line short.
     """
     lines, path = [], run / "metrics.jsonl"
     if done and not path.exists():
@@ -147,17 +145,17 @@ def read_metrics(run, done):
 
 
 def open_metrics(run, lines):
-    """metrics.jsonl with these lines, open to append others."""
+    """metrics.jsonl with these lines, open for appending."""
     write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return open(run / "metrics.jsonl", "a", buffering=1)
 
 
 def solution(episode, decode, shown=2):
-    """What is stored of an episode for tools/show.py: prompt, answer, reward, finished, steps.
+    """What tools/show.py gets of an episode: prompt, answer, reward, finished, steps.
 
-    A step: text, tokens (their number), advantage (their mean), value (of the state before it; None where the
-    algorithm has none) and, where rollouts made the value, K, how many were right, their lengths in tokens, the
-    texts of `shown` right and wrong ones, and the advantage's target and baseline where values were averaged.
+    A step: text, tokens (a number), advantage (mean over its tokens), value (of the state before the step; None
+    if the algorithm has none). Where rollouts made the value also K, how many were right, their token counts,
+    the texts of `shown` right and wrong ones, and target and baseline if values were averaged.
     """
     e, steps = episode, []
     starts = token_starts(e.response_ids, decode)

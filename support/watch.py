@@ -1,27 +1,25 @@
-"""Ranks that watch each other: a signal, a failure or a hang on one of them ends the run on all of
-them, with the reason.
+"""Ranks that watch each other: a signal, a failure or a hang on one rank ends all, with the reason.
 
     with Watch(hang_timeout=90) as watch:                # on every rank, once the process group is there
         try:
             with watch.phase("sample", can_stop=True):
-                watch.step()                             # a sign of progress; raises Stopped where the run is to stop
+                watch.step()                             # a sign of progress; raises Stopped if the run should stop
             with watch.phase("train"):
                 ...
         except Stopped:                                  # raised on all ranks or on none
             ...                                          # save, and leave with watch.exit_code()
 
-A thread of each rank exchanges its rank's state with the threads of the others once a second. What
-they react to:
+Once a second a thread of each rank exchanges its rank's state with the other threads. They react to:
 
-    signal    SIGTERM, SIGINT or SIGHUP to any rank stops all of them: at once before `graceful` is set, later at the
+    signal    SIGTERM, SIGINT or SIGHUP to any rank stops all ranks: at once before `graceful` is set, later at the
               end of the next phase that can stop. Another signal at least AGAIN seconds later ends the process at
-              once. (One that comes sooner may be the same: a scheduler signals all processes, then torchrun signals
+              once. (One that comes sooner can be the same: a scheduler signals all processes, then torchrun signals
               its ranks.)
     failure   an exception ends its rank with the reason, and the other ranks too; in a phase that can stop, all ranks
-              stop at its end, as after a signal
-    hang      a rank is in a phase, does not wait for others and shows no progress for hang_timeout seconds; or it is
-              frozen and silent for SILENT seconds
-    death     of a rank: its connection closes (startup.py sees to that of torchrun)
+              stop at the end of the phase, as after a signal
+    hang      a rank is in a phase, does not wait for others and shows no progress for hang_timeout seconds; or the
+              rank is frozen and silent for SILENT seconds
+    death     the connection of a rank closes (startup.py handles the death of torchrun)
 
 The exit code is 128 + the number of the signal (SIGTERM 143, SIGINT 130), or 1.
 """
@@ -45,32 +43,31 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 class Stopped(Exception):
-    """The run is to stop. step() raises it to leave a phase; its end raises it on all ranks."""
+    """Raised when the run should stop: by step(), on one rank, to leave a phase; at its end, on all ranks."""
 
 
 class Watch:
-    """One rank's part in watching all of them; every rank makes one.
+    """One rank's part in the watch over all ranks; every rank makes one.
 
-    hang_timeout: seconds; None: no rank is taken to hang. tensor_parallel: this many consecutive
-    ranks share an engine, so they take the same steps, and leave a phase that can stop after the
-    same one.
+    hang_timeout: seconds; None: never report a hang. tensor_parallel: this many consecutive ranks share an
+    engine, so they take the same steps, and leave a phase that can stop after the same step.
     """
 
-    EVERY = 1.0  # seconds between the exchanges of the threads
+    EVERY = 1.0  # seconds between two exchanges
     SILENT = 60  # seconds until a frozen rank is given up
     GRACE = 60  # seconds from a signal to the end of a phase
-    AGAIN = 2.0  # seconds until a signal is a second one
+    AGAIN = 2.0  # seconds until another signal counts as a second one
 
     def __init__(self, hang_timeout=None, tensor_parallel=1):
         self.rank, self.world, self.hang_timeout = dist.get_rank(), dist.get_world_size(), hang_timeout
-        self.stop = False  # the run is to stop, because of:
-        self.signal = 0  # the number of a signal to this or another rank; 0: none
-        self.error = None  # an exception of this rank in a phase that can stop
-        self.graceful = False  # set it once there is something to save
+        self.stop = False  # whether the run should stop, because of:
+        self.signal = 0  # number of the signal to this or another rank; 0: none
+        self.error = None  # this rank's exception in a phase that can stop
+        self.graceful = False  # set it as soon as there is something to save
         self.agreed = False  # all ranks know that the run stops
         self.phase_name, self.waits, self.beats, self.steps = None, False, 0, 0
         self.failed, self.closing = False, False
-        self.told = threading.Event()  # the others know of this rank's failure, or it of theirs:
+        self.told = threading.Event()  # the others know of this rank's failure, or it knows of theirs:
         self.cause = None
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.SILENT))
         self.sharers = dist.new_subgroups(tensor_parallel)[0] if tensor_parallel > 1 else None
@@ -82,13 +79,13 @@ class Watch:
         self.beats += 1
 
     def step(self):
-        """A sign of progress in a phase that can stop; raises Stopped if the run is to stop."""
+        """A sign of progress in a phase that can stop; raises Stopped if the run should stop."""
         self.beat()
         self.steps += 1
         if self.sharers is None:
             if self.stop:
                 raise Stopped
-        elif self.steps % 16 == 0:  # a rank that left alone would leave the others waiting inside the engine
+        elif self.steps % 16 == 0:  # together: one rank alone would leave the others waiting in the engine
             stop = torch.tensor([self.stop], dtype=torch.int32)
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.sharers)
             if stop.item():
@@ -101,7 +98,7 @@ class Watch:
             yield item
 
     def follow(self, *networks):
-        """Take each layer that these FSDP networks compute as a sign of progress."""
+        """Count each layer that these FSDP networks compute as a sign of progress."""
         for network in networks:
             for module in network.modules():
                 if isinstance(module, FSDPModule):
@@ -111,8 +108,8 @@ class Watch:
     def phase(self, name, can_stop=False):
         """A part of the run in which this rank must show progress.
 
-        One that can stop holds no collectives, so that a rank may leave it alone, by step() or by
-        failing. At its end all ranks meet, and if one of them is to stop, Stopped is raised on all.
+        A phase that can stop holds no collectives, so a rank can leave it alone, by step() or by failing.
+        All ranks meet at the end of such a phase. If one of them should stop, Stopped is raised on all.
         """
         self.beat()
         self.phase_name = name
@@ -134,7 +131,7 @@ class Watch:
             self._meet()
 
     def _meet(self):
-        """All ranks meet; raises Stopped on all of them if one is to stop."""
+        """All ranks meet; raises Stopped on all of them if one should stop."""
         found = torch.tensor([self.stop, self.signal], dtype=torch.int32)
         self.waits = True
         dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -165,7 +162,7 @@ class Watch:
         return self
 
     def close(self):
-        """End the watch, once all ranks are here."""
+        """End the watch, as soon as all ranks have called this."""
         self.closing, self.graceful = True, False
         self.thread.join()
 
@@ -180,7 +177,7 @@ class Watch:
         self._end(f"failed: {error!r}; all ranks stop", 1)
 
     def _end(self, message, code):
-        """Leave at once: exit hooks of the engine and of NCCL may wait for other ranks."""
+        """Leave at once: exit hooks of the engine and of NCCL can wait for other ranks."""
         self.say(message)
         os._exit(code)
 
@@ -196,7 +193,7 @@ class Watch:
                     first, self.signal, self.stop = first or time.monotonic(), number, True
 
     def _exchange(self):
-        progress = [(None, 0.0)] * self.world  # of each rank: its beats, and when they last changed
+        progress = [(None, 0.0)] * self.world  # per rank: beats, and when they last changed
         signalled = None  # when this rank learned of a signal
         while True:
             time.sleep(self.EVERY)
@@ -206,11 +203,11 @@ class Watch:
             try:
                 dist.all_gather_object(ranks, own, group=self.group)
             except RuntimeError:
-                self._end_for(f"stops, since another rank is gone, or has been silent for {self.SILENT} s")
+                self._end_for(f"stops because another rank is gone, or has been silent for {self.SILENT} s")
             if own["failed"]:
                 return self.told.set()
             if failed := [i for i, r in enumerate(ranks) if r["failed"]]:
-                self._end_for(f"stops, since rank {failed[0]} failed")
+                self._end_for(f"stops because rank {failed[0]} failed")
             if all(r["closing"] for r in ranks):
                 return
             now = time.monotonic()
@@ -231,7 +228,7 @@ class Watch:
             self._end_hang(ranks, [now - since for _, since in progress])
 
     def _end_for(self, cause):
-        """End this rank because of another rank, which gives its reason first."""
+        """End this rank because of another rank, which reports its reason first."""
         self.cause = cause
         self.told.set()
         time.sleep(1)
@@ -241,13 +238,13 @@ class Watch:
         """End the run if a rank hangs. idle: seconds of each rank since its last sign of progress."""
         if not self.hang_timeout:
             return
-        # starting and saving, which are no phases, may take longer
+        # starting and saving are not phases and can take longer
         limits = [self.hang_timeout * (1 if r["phase"] else 20) for r in ranks]
         hung = [i for i in range(self.world) if idle[i] > limits[i]]
         if not hung:
             return
         if self.rank in hung:
-            with tempfile.TemporaryFile() as stacks:  # in one piece, beside those of other ranks
+            with tempfile.TemporaryFile() as stacks:  # in one piece, not mixed with other ranks' stacks
                 faulthandler.dump_traceback(stacks, all_threads=True)
                 stacks.seek(0)
                 os.write(2, stacks.read())

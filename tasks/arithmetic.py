@@ -1,9 +1,7 @@
-"""The built-in task, to see the method work within minutes: chains of arithmetic, and a tiny model
-that learns them.
+"""The first built-in task, to see the method work within minutes: chains of arithmetic, and a tiny model.
 
-The headroom for RL is made on purpose: the worked solutions are those of a careless demonstrator,
-so a policy that was tuned on them fails at particular steps. It is no evidence about language
-models.
+The headroom for RL is made on purpose: a careless demonstrator worked the solutions, so a policy tuned on
+them fails at particular steps. The task is not evidence about language models.
 """
 
 import random
@@ -12,13 +10,11 @@ from tasks.tiny_model import write_model
 
 
 def rows(num_train, num_test, seed=0, slip=(0.15, 0.15, 0.55)):
-    """Rows of the task, train and test disjoint: problem "8*9+6-7+5+1?", solution one line per
-    operation, then "#### 77".
+    """Rows of the task, train and test disjoint: problem "8*9+6-7+5+1?", a line per operation, "#### 77".
 
-    The chains have 5 to 9 operations, worked from left to right on numbers below 100. On a carry in
-    an addition, a borrow in a subtraction and a two-digit product with a carry the demonstrator
-    forgets it, with the probabilities slip, and continues from the wrong number. The answer column
-    always holds the true value.
+    The chains have 5 to 9 operations, worked from left to right on numbers below 100. The demonstrator
+    forgets a carry in an addition, a borrow in a subtraction and the carry in a two-digit product, with the
+    probabilities slip, and continues from the wrong number. The answer column always holds the true value.
     """
     rng, found, seen = random.Random(seed), [], set()
     while len(found) < num_train + num_test:
@@ -49,9 +45,7 @@ def _apply(value, op, digit):
 
 
 def _demonstrate(value, chain, slip, rng):
-    """The careless demonstrator's lines. slip: probabilities of forgetting a carry or borrow in +,
-    -, *.
-    """
+    """The careless demonstrator's lines. slip: probabilities of forgetting a carry or borrow in +, -, *."""
     lines = []
     for op, digit in chain:
         result, ones = _apply(value, op, digit), value % 10

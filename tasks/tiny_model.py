@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 def write_model(folder, seed, tokens, pattern, **config):
     """Write a Llama with random weights to a folder, and a tokenizer.
 
-    seed: of the weights. tokens: the texts of all its tokens but <pad>, <bos>, <eos>. pattern: a regular
-    expression that cuts a text into them. config: what LlamaConfig is given besides.
+    seed: of the weights. tokens: the texts of all tokens except <pad>, <bos>, <eos>. pattern: a regular
+    expression that cuts a text into tokens. config: further options of LlamaConfig.
     """
     special = ["<pad>", "<bos>", "<eos>"]
     vocabulary = {token: i for i, token in enumerate([*special, *tokens])}

@@ -1,9 +1,8 @@
 """The second built-in task: a stock is followed through the months of a year, in free wording.
 
-Most tokens of a solution do not matter for its reward, as in language: each line tells its operation
-in words that are drawn from many equally good ones. The demonstrator is careless, as that of
-arithmetic.py is, and the task is no evidence about language models either. docs/when-it-pays.md says
-how its wording and length were chosen.
+Most tokens of a solution do not matter for its reward, as in language: each line tells its operation in words
+drawn from many equally good ones. The demonstrator is as careless as in arithmetic.py, and this task is not
+evidence about language models either. experiments/README.md says how its wording and length were chosen.
 """
 
 import random
@@ -31,12 +30,12 @@ BECAME = "became turned made gave left changed went moved".split()
 def rows(num_train, num_test, seed=0, slip=0.12, steps=12):
     """Rows of the task, train and test disjoint: (where, {problem, answer, solution}) each.
 
-    Problem: "84 crates, January +4 February -9 ..?". Solution: a line for each of the first `steps`
-    months, "January +4: soon his helper bought painted jars quickly, so 84 became 88", then "#### 75".
+    Problem: "84 crates, January +4 February -9 ..?". Solution: a line for each of the first `steps` months,
+    "January +4: soon his helper bought painted jars quickly, so 84 became 88", then "#### 75".
 
-    The stock stays between 20 and 99. On a carry the demonstrator forgets the ten, on a borrow he
-    takes it twice, each with the probability slip. So an error only ever loses tens, and no other
-    error repairs it. The answer column always holds the true value.
+    The stock stays between 20 and 99. On a carry the demonstrator forgets the ten, on a borrow he takes it
+    twice, each with the probability slip. So errors only lose tens, and no error repairs another. The answer
+    column always holds the true value.
     """
     rng, found, seen = random.Random(seed), [], set()
     while len(found) < num_train + num_test:
@@ -61,7 +60,7 @@ def _demonstrate(value, changes, slip, rng):
     for month, change in zip(MONTHS, changes):
         carries = not 0 <= value % 10 + change < 10
         lost = 10 if carries and rng.random() < slip else 0
-        result = max(0, value + change - lost)  # no stock is below nothing
+        result = max(0, value + change - lost)  # no stock is below 0
         lines.append(_line(month, change, value, result, rng.choice))
         value = result
     return "\n".join([*lines, f"#### {value}"])
@@ -75,8 +74,9 @@ def _line(month, change, value, result, pick):
 
 
 def tiny_model(folder, seed):
-    """Write a Llama of about 0.5M parameters to a folder, and a tokenizer: a word, a digit or a change
-    such as +4 is a token, with the space before it.
+    """Write a Llama of about 0.5M parameters, and a tokenizer.
+
+    A word, a digit or a change such as +4 is a token, with the space before it.
     """
     lists = MONTHS, ARTICLES, PEOPLE, MANNERS, ADDED, TAKEN, LOOKS, THINGS, OPENINGS, LINKS, BECAME
     after_space = [word for words in lists for word in words]

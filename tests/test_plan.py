@@ -71,9 +71,9 @@ def test_bad_input_gets_one_line(options, message, main_of):
     assert code == 1 and line.startswith(f"plan.py: {message}") and "\n" not in line
 
 
-HEAD = r"^## [^\n]*: (\d+) GPUs? of (\d+) GB\n\n(?:[^\n ].*\n\n)?"
+HEAD = r"^### [^\n]*: (\d+) GPUs? of (\d+) GB\n\n(?:[^\n ].*\n\n)?"
 RECIPE = re.compile(HEAD + r"((?:    .*\n)+)\n([\d.]+) GB while training, ([\d.]+) GB while", re.M)
-RECIPES = RECIPE.findall((ROOT / "docs" / "recipes.md").read_text())
+RECIPES = RECIPE.findall((ROOT / "docs" / "running.md").read_text())
 SHAPES = {  # of the models in the recipes
     "realtreetune/rho-1b-sft-MATH": LlamaConfig(**SIZES["rho"]),
     "realtreetune/deepseekmath-7b-sft-MATH-v2": LlamaConfig(**SIZES["deepseekmath"]),

@@ -1,5 +1,5 @@
-"""Before anything starts: what is said about the machine's GPUs and Python, and what README says of
-pieces that work alone.
+"""Before anything starts: what is said about the machine's GPUs and Python; and what README and the pages say of
+files, that they exist and which of them work alone.
 """
 
 import os
@@ -90,3 +90,28 @@ def test_what_readme_says_to_copy_works_without_the_rest(files, needed, tmp_path
 
 def test_readme_says_what_to_copy():
     assert len(TAKE) == 5
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "README.md"]
+
+
+def anchors_of(page):
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_link_of_a_page_is_dead(page):
+    for file, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        if target.suffix == ".md" and anchor:
+            assert anchor in anchors_of(target), f"{file}#{anchor}"
+
+
+def test_pages_that_the_code_names_exist():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "Makefile"]
+    names = {name for file in files for name in re.findall(r"docs/[\w-]+\.\w+", file.read_text())}
+    assert names and [name for name in names if not (ROOT / name).exists()] == []

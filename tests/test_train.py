@@ -261,7 +261,7 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, tiny_model):
 FAILURES = {
     "raise": [
         "rank 1: failed: RuntimeError('a broken rank'); all ranks stop",
-        "rank 0: stops, since rank 1 failed",
+        "rank 0: stops because rank 1 failed",
     ],
     "hang": ["rank 1 in train for", "in faulty_update"],  # the stacks tell where
     "engine": [

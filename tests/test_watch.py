@@ -111,10 +111,10 @@ class Ranks:
 @pytest.mark.parametrize(
     "how,words",
     [
-        ("raise", ["rank 1: failed: RuntimeError('a broken rank')", "rank 0: stops, since rank 1 failed"]),
+        ("raise", ["rank 1: failed: RuntimeError('a broken rank')", "rank 0: stops because rank 1 failed"]),
         ("kill", ["Signal 9 (SIGKILL)"]),
         ("hang", ["no progress: ", "rank 1 in train for 3 s"]),
-        ("freeze", ["rank 0: stops, since another rank is gone, or has been silent for 6 s"]),
+        ("freeze", ["rank 0: stops because another rank is gone, or has been silent for 6 s"]),
     ],
 )
 def test_a_failure_of_one_rank_ends_both(how, words, tmp_path):

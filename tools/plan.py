@@ -2,7 +2,7 @@
 
     python tools/plan.py --dataset math --gpus 8 [any option of train.py]
     python tools/plan.py --dataset math --gpus 2 --gpu_gb 48      # GPUs of another size than 80 GB
-    python tools/plan.py --table      # how many GPUs models of some sizes need, as in docs/
+    python tools/plan.py --table      # how many GPUs models of some sizes need, as in docs/running.md
 
 It reports whether the run fits; if it does not, the exit code is 1. It counts 8 GPUs to a machine, which holds a
 whole copy of the weights. Parameters and optimizer are exact: FSDP2 gives every rank of a machine ceil(rows /

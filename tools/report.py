@@ -1,10 +1,10 @@
-"""Send a run's metrics to TensorBoard or Weights & Biases: beside the run, or after it.
+"""Send a run's metrics to TensorBoard or Weights & Biases, while it runs or afterwards.
 
     python tools/report.py runs/math --to tensorboard
     python tools/report.py runs/math --to wandb --follow     # as long as the run goes on
 
-It reads metrics.jsonl, so the training loop knows nothing of it, and a run that was resumed has one curve. Each
-start sends the whole file again, to the same place.
+It reads metrics.jsonl, so the training loop knows nothing of it, and a run that was resumed has one curve.
+Each start sends the whole file again, to the same place.
 """
 
 import argparse
