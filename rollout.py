@@ -77,12 +77,12 @@ class Engine:
     """vLLM with prefix caching, for token ids in and token ids out.
 
     s: settings with model, trust_remote_code, bfloat16; max_sequence: token limit of prompt and response
-    together; stop: a string that ends a response, or None; chat: the token that ends a turn of the chat template
-    ends a response, too; gpu_memory: share of a GPU for weights and KV cache; max_sequences: how many can run at
-    a time, None: 1,024 on GPUs above 70 GiB, else 256; tensor_parallel_size: this many consecutive ranks share
+    together; stop: a string that ends a response, or None; chat: the template's end of a turn ends a
+    response too; gpu_memory: share of a GPU for weights and KV cache; max_sequences: how many can run at a
+    time, None: 1,024 on GPUs above 70 GiB, else 256; tensor_parallel_size: this many consecutive ranks share
     one model; they must submit the same requests in the same order, and get the same completions. watch: its
-    step() is called before each step and can raise, to abandon what is running; its beat() after each tensor of
-    new weights. None: nobody watches.
+    step() is called before each step and can raise, to abandon what is running; its beat() after each tensor
+    of new weights. None: nobody watches.
     """
 
     def __init__(self, s, watch=None):

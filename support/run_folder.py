@@ -1,7 +1,7 @@
 """The folder of a run. What stands there under its final name is whole, whenever the run was killed.
 
     settings.json     settings of the newest start
-    inputs.json       hashes of the model and the problems that the run began with, and the day of its first start
+    inputs.json       hashes of the model and problems that the run began with, and the day of its first start
     metrics.jsonl     one line per iteration; line 0: accuracy before training
     checkpoints/N     the policy after N iterations, a Hugging Face folder; in state/ what training resumes
                       from, and the settings
@@ -153,8 +153,8 @@ def open_metrics(run, lines):
 def solution(episode, decode, shown=2):
     """What tools/show.py gets of an episode: prompt, answer, reward, finished, steps.
 
-    A step: text, tokens (a number), advantage (mean over its tokens), value (of the state before the step; None
-    if the algorithm has none). Where rollouts made the value also K, how many were right, their token counts,
+    A step: text, tokens (a number), advantage (mean over its tokens), value (of the state before it; None if
+    the algorithm has none). Where rollouts made the value also K, how many were right, their token counts,
     the texts of `shown` right and wrong ones, and target and baseline if values were averaged.
     """
     e, steps = episode, []
