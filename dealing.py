@@ -1,4 +1,4 @@
-"""How states that wait move between engines. Read it last: it changes where rollouts are sampled, and no number.
+"""How states that wait move between engines. Read it last: it changes where rollouts are sampled, not their law.
 
 A rank's own engine values the states of its own responses. Where a few long responses keep one engine busy,
 states wait there while other engines have nothing to do. Once all ranks have their responses, the waiting
@@ -10,12 +10,12 @@ from vine import Vine
 
 
 class DealtVine(Vine):
-    """Vine on all ranks' engines."""
+    """Vine whose waiting states move to engines with less to do."""
 
     def __init__(self, engine, grader, s):
         super().__init__(engine, grader, s)
-        self.waiting = []  # this engine's own states, which were dealt
-        self.borrowed = []  # (their engine, index in its `waiting`, State) of those that this engine values for others
+        self.waiting = []  # this engine's own states, which were dealt to it and to others
+        self.borrowed = []  # (owner, index in its `waiting`, State): states that this engine values for other engines
 
     def rebalance(self):
         """Deal the waiting states so that all engines have the same amount left to sample.

@@ -1,7 +1,8 @@
 """The interface of an algorithm: where advantages come from.
 
 To add an algorithm, write an Estimator. baselines/groups.py (GRPO, RLOO) is the shortest example, vine.py the
-main one. Then name it among the choices of --algorithm and in make_estimator, both in train.py.
+main one. Then name it in ALGORITHMS and make_estimator, both in train.py. Its advantages are whitened with --whiten
+True. It can use a setting of another algorithm, such as --K, once BELONGS_TO in support/checks.py names it there.
 """
 
 
@@ -12,7 +13,7 @@ class Estimator:
     """
 
     networks = ()  # sharded models of its own, which train beside the policy
-    states = None  # those that it valued in this iteration, for metrics; None: it values no states
+    states = None  # the States that were valued in this iteration, for metrics; None: it values no states
 
     def start(self, episode):
         """A response has ended while others are still generated: begin what can be begun.
@@ -23,8 +24,8 @@ class Estimator:
     def finish(self, phase):
         """Complete what start began. All ranks call it, and the engine still runs.
 
-        phase(name, can_stop): a part of the run; see Watch.phase in support/watch.py. In one that can stop a
-        rank may be stopped, or fail, alone, so no rank waits for another there.
+        phase(name, can_stop): a part of the run, which is timed; see Watch.phase in support/watch.py. With can_stop,
+        one rank can stop or fail alone, so such a phase holds no collectives.
         """
         with phase("values"):
             self.rebalance()
@@ -38,7 +39,10 @@ class Estimator:
         """Wait for what this rank's engine has begun, without talking to other ranks."""
 
     def set_advantages(self, episodes):
-        """Set `advantages` of this rank's episodes. All ranks call it, and the engine sleeps."""
+        """Set `advantages` of this rank's episodes, a float for each response token.
+
+        All ranks call it, and the engine sleeps.
+        """
         raise NotImplementedError
 
     def update(self, episodes):

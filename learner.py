@@ -151,7 +151,9 @@ class Step:
     def backward(self, loss, metrics=None):
         """Add a micro-batch's part of the minibatch's loss, a scalar, to the gradient.
 
-        metrics: {name: detached scalar}, which add up over micro-batches and ranks like the loss.
+        The loss is divided by num_responses or num_tokens, so that the parts add up. metrics: {name: detached scalar
+        tensor}, the same names each time, which add up likewise. One named "ratio" is the mean of pi / pi_old: where
+        it exceeds MAX_RATIO, the step is skipped.
         """
         # FSDP averages over the ranks; the minibatch's gradient is their sum
         (loss * dist.get_world_size()).backward()

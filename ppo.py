@@ -1,7 +1,7 @@
 """PPO's update: whitened advantages, the clipped loss, the KL penalty, and the trainer of the policy.
 
-trainer = Trainer(s, device)
-metrics = trainer.update(episodes)  # on every rank, with its own episodes, whose advantages are set
+The trainer of a run: trainer = Trainer(s, device). Then, on every rank and in every iteration, with its own episodes:
+metrics = trainer.update(episodes). They need advantages and, for the metric logprob_gap, engine_logprobs.
 """
 
 import torch
@@ -106,7 +106,7 @@ class Trainer:
         """(old_logprobs [N], ref_logprobs [N], metrics): a pass of each policy over the episodes,
         before the update.
 
-        Before the first step of all the two policies are one, and the reference makes no pass.
+        Before the very first optimizer step the two policies are identical, and the reference makes no pass.
         Metrics: entropy, in nats per token; kl to the reference, in nats per response; logprob_gap,
         the mean difference of the engine's and the trainer's log-probabilities at temperature 1 and
         before top-p, which is how the engine reports them.

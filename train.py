@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 train.py --dataset math --run_dir runs/ppo --algorithm ppo  # or grpo, rloo
     python train.py --dataset gsm8k --model MODEL --eval_only                  # accuracy alone
 
-Read `train` below first: Algorithm 1 of the paper. Then episode.py (the records), rollout.py
-(sampling), vine.py (values and advantages), ppo.py (the update), model.py (the sharded policy).
+simple.py is the algorithm in one file. Here, read `train` first: Algorithm 1 of the paper. Then episode.py (the
+records), rollout.py (sampling), vine.py (values and advantages), ppo.py (the update), model.py (the sharded policy).
 docs/differences.md lists what differs from the paper.
 """
 
@@ -172,7 +172,7 @@ def train(s, run, engine, grader, tokenizer, problems, test_problems, device):
             # 1. Responses. Rollouts from the states of a response begin as soon as it ends.
             with run.phase("sample", can_stop=True):
                 sample(engine, grader, episodes, s, on_response=estimator.start)
-            # 2. V(s_t): the mean reward of K rollouts. Waiting states move to engines with less to do.
+            # 2. The K rollouts from each state, whose mean reward is V(s_t). Waiting states move to idle engines.
             estimator.finish(run.phase)
             engine.sleep()
             with run.phase("train"):

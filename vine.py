@@ -6,7 +6,8 @@ current policy samples K rollouts tau_k from it. They serve its value alone: no 
     V(s_t) = 1/K sum_k R(tau_k)
     A_t    = V(s_{t+1}) - V(s_t)      and R - V(s_{T-1}) for the last step; R is the response's own reward
 
-Every token of step t gets A_t.
+Every token of step t gets A_t. With --max_valued_steps only the first states have a value: the step of the last of
+them gets R - V, and the tokens after it get 0.
 """
 
 from episode import State
@@ -25,7 +26,7 @@ def step_advantages(values, reward):
 
 
 def averaged_advantages(values, reward, lam=0.0, smoothing=0.0):
-    """(A [T], G [T], B [T]): A_t = G_t - B_t, less noisy than the paper's, which is lam = smoothing = 0.
+    """(A [T], G [T], B [T]): A_t = G_t - B_t, averages over several states. lam = smoothing = 0: the paper's A_t.
 
     values [T], reward: as in step_advantages.
 
@@ -35,7 +36,8 @@ def averaged_advantages(values, reward, lam=0.0, smoothing=0.0):
     V_{t+1}, .., V_{T-1} and R are unbiased estimates of Q(s_t, step t), because the response itself went
     on from s_{t+1} by the same policy. So is any average of them, G_t. V_t is not: its rollouts took other
     steps, and a share of it in G_t would scale the advantage down. Step t does not influence V_0, .., V_t,
-    so E[B_t grad log pi(step t)] = 0. The gradient is therefore unbiased for every lam and smoothing.
+    so E[B_t grad log pi(step t)] = 0. The policy gradient is therefore as unbiased as the paper's, for every lam and
+    smoothing. With smoothing = 0 this is GAE(lam) over steps, at gamma = 1.
     """
     targets, baselines = [reward] * len(values), list(values)
     for t in reversed(range(len(values) - 1)):
@@ -72,9 +74,12 @@ def states_of(episode, known, max_steps=None):
 class Vine(Estimator):
     """Monte Carlo values of an iteration's states.
 
-    Rollouts from the states of a response begin as soon as that response ends. dealing.py adds what
-    several engines need. s: settings with K, step_credit, max_valued_steps, gae_lambda,
-    baseline_smoothing, max_tokens, temperature and top_p.
+    Rollouts from the states of a response begin as soon as that response ends. dealing.py lets other engines help.
+
+    engine: decode(ids) -> text; submit(state, K, max_tokens, temperature, top_p); running: true while rollouts are
+    under way; advance(grader): one step, which calls state.receive(its K completions) when they have ended. grader:
+    set_rewards(states). s: settings with K, step_credit, max_valued_steps, gae_lambda, baseline_smoothing, max_tokens,
+    temperature and top_p.
     """
 
     def __init__(self, engine, grader, s):
@@ -107,13 +112,12 @@ class Vine(Estimator):
             state.value = monte_carlo_value([rollout.reward for rollout in state.rollouts])
         for e in episodes:
             values = [state.value for state in e.states]
-            advantages = step_advantages(values, e.reward)
-            if lam or smoothing:
+            if not lam and not smoothing:
+                advantages = step_advantages(values, e.reward)
+            else:
                 advantages, e.step_targets, e.step_baselines = averaged_advantages(
                     values, e.reward, lam, smoothing
                 )
             e.advantages = token_advantages(e.boundaries, advantages)
-        self.states, self.known = (
-            list(self.known.values()),
-            {},
-        )  # the next policy gives its states other values
+        self.states = list(self.known.values())
+        self.known = {}  # the next policy gives its states other values

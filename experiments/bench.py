@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,20 +33,21 @@ from experiments import common
 
 # isort: split
 import torch
+from transformers import AutoModelForCausalLM
 
 import data
+import ppo
 import train
+from dealing import DealtVine
 from episode import Episode, State
 from grader import Grader
-from model import ChunkedLogprobs, compute_dtype, full_tensors, load_sharded
-from ppo import Trainer
+from model import ChunkedLogprobs, full_tensors, load_sharded
+from steps import step_boundaries
 from support.pretrained import load_tokenizer
 from support.ranks import gather_lists, init_distributed
 from tasks.tiny_model import write_model
-from vine import Vine
 
 ON_GPU = torch.cuda.is_available()
-KEPT = dict(checkpoint_activations=False)  # as in naive.py
 
 
 # --- measuring ---
@@ -114,7 +115,7 @@ class Workload:
     without a GPU.
     """
 
-    def __init__(self, model, folder, prompts=4, **changes):
+    def __init__(self, model, folder, prompts=4, watch=None, **changes):
         from rollout import Engine
 
         self.device = init_distributed()
@@ -132,9 +133,8 @@ class Workload:
             for _ in range(prompts):
                 ids = [rng.randrange(100, 4000) for _ in range(rng.randrange(100, 240))]
                 self.problems.append(data.Problem("", "", prompt_ids=ids))
-        self.s = replace(s, **changes)
-        stop = [s.stop] if s.stop else []
-        self.engine = Engine(self.model, max_sequence=s.max_sequence, stop=stop, gpu_memory=0.4)
+        self.s = replace(s, gpu_memory=0.4, **changes)
+        self.engine = Engine(self.s, watch)
         self.engine.seed(0)
         self.grader = Grader(1)
 
@@ -143,12 +143,12 @@ class Workload:
             raise RuntimeError("requests are running")
 
     def begin(self, streaming=True, grader=None, problems=None, **changes):
-        """The responses of one iteration: (episodes, their Vine, whose rollouts are under way)."""
+        """The responses of one iteration: (episodes, their estimator, whose rollouts are under way)."""
         from rollout import episodes_for, sample
 
         s, grader, self.engine.steps = replace(self.s, **changes), grader or self.grader, 0
         self.forget_prefixes()
-        vine = Vine(self.engine, grader, s)
+        vine = DealtVine(self.engine, grader, s)
         episodes = episodes_for(problems or self.problems, s.responses_per_prompt)
         sample(self.engine, grader, episodes, s, on_response=vine.start if streaming else None)
         for e in [] if streaming else episodes:
@@ -159,14 +159,14 @@ class Workload:
     def iterate(self, *arguments, **changes):
         """One iteration's rollouts on one rank: its episodes, with advantages."""
         episodes, vine = self.begin(*arguments, **changes)
-        vine.finish()
+        vine.wait()
         vine.set_advantages(episodes)
         return episodes
 
 
 def states_in(episodes):
     """The distinct states."""
-    return {state for e in episodes for state in e.states if state}
+    return {state for e in episodes for state in e.states}
 
 
 def tokens_of(episodes):
@@ -263,13 +263,13 @@ def bench_cache(a, folder):
 
 
 class NoGrader:
-    """Every answer is wrong, at no cost."""
+    """Gives no reward, and takes no time."""
 
-    def start(self, texts, golds):
+    def begin(self, record):
         pass
 
-    def grade(self, texts, golds):
-        return [False] * len(texts)
+    def set_rewards(self, records):
+        pass
 
 
 def bench_grading(a, folder):
@@ -370,7 +370,7 @@ def one_rank(model, seed):
             if dist.get_rank() == 0:
                 tiny_model(folder)
             folders = gather_lists([folder])  # rank 0's has the model
-            w = Workload(None if model == "tiny" else model, folders[0], prompts=8)
+            w = Workload(None if model == "tiny" else model, folders[0], prompts=8, watch=watch)
             w.engine.seed(seed)
             dist.barrier()
         wall, busy, tokens = 0.0, 0.0, 0
@@ -381,7 +381,7 @@ def one_rank(model, seed):
             sampled = time.perf_counter()
             vine.rebalance()
             dealt = time.perf_counter()
-            vine.finish()
+            vine.wait()
             ended = time.perf_counter()
             vine.set_advantages(episodes)
             if i:
@@ -391,7 +391,7 @@ def one_rank(model, seed):
         if dist.get_rank() == 0:
             speed = sum(n for _, n in ranks) / wall
             print(json.dumps(dict(speed=speed, idle=[idle for idle, _ in ranks])))
-        shut_down(w.engine, w.grader, watch)
+        shut_down(w.engine, w.grader)
 
 
 def bench_sync(a, folder):
@@ -403,7 +403,7 @@ def bench_sync(a, folder):
     device = init_distributed()
     wide = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
     model = a.model or tiny_model(folder, **wide)
-    engine = Engine(model, max_sequence=512, gpu_memory=0.4)
+    engine = Engine(train.Settings(model=str(model), max_sequence=512, stop=None, gpu_memory=0.4))
     policy = load_sharded(model, device)
     engine.load_weights(full_tensors(policy))
     most, _ = peak(lambda: engine.load_weights(full_tensors(policy)))
@@ -465,37 +465,60 @@ def bench_head(a, folder):
     ]
 
 
+def plain_update(s):
+    """simple.py's update with its own networks: a function of responses."""
+    import simple
+
+    load = AutoModelForCausalLM.from_pretrained
+    policy, reference = (load(s.model, dtype=torch.float32).to(simple.device) for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=s.learning_rate, weight_decay=0.0)
+    return partial(simple.update, policy, reference, optimizer, s=s)
+
+
+def plain_trainer(s, device):
+    """A Trainer that keeps its activations on GPUs too, as simple.py does."""
+    plain, ppo.load_sharded = ppo.load_sharded, partial(load_sharded, checkpoint_activations=False)
+    try:
+        return ppo.Trainer(s, device)
+    finally:
+        ppo.load_sharded = plain
+
+
 def bench_update(a, folder):
-    """The trainer's update against a padded one that keeps all logits (naive.py).
+    """The trainer's update against a padded one that keeps all logits (simple.py).
 
     On 32 responses of skewed lengths; the head has a real size.
     """
-    from experiments import naive
+    import simple
 
     device = init_distributed()
     sizes = dict(vocab_size=16_000, hidden_size=192, intermediate_size=576)
-    model = a.model or tiny_model(folder, **sizes)
-    rng, limit, episodes = random.Random(0), 512, []
+    model = str(a.model or tiny_model(folder, **sizes))
+    rng, limit, episodes, responses = random.Random(0), 512, [], []
     for n in [min(limit, 1 + int(rng.expovariate(1 / 128))) for _ in range(32)]:
         prompt = [rng.randrange(2, 16_000) for _ in range(rng.randrange(50, 120))]
         response = [rng.randrange(2, 16_000) for _ in range(n)]
         advantages, zeros = [rng.gauss(0, 1)] * n, [0.0] * n
         episodes.append(Episode(prompt, response_ids=response, advantages=advantages, engine_logprobs=zeros))
+        sampled = tuple(prompt), (), "", tuple(response), "", 0.0
+        responses.append(simple.Rollout(*sampled, advantages=torch.tensor(advantages)))
     parts = [episodes[i : i + 8] for i in range(0, 32, 8)]
     real, padded = sum(map(len, episodes)), sum(8 * max(map(len, part)) for part in parts)
-    options = dict(learning_rate=1e-6, minibatch=16)
+    options = dict(model=model, learning_rate=1e-6, minibatch=16)
+    sizes = dict(iterations=1, prompts_per_iteration=32, responses_per_prompt=1, micro_batch_tokens=4096)
+    s = train.Settings(**options | sizes, temperature=1.0, whiten=True)
 
     def ours():
-        trainer = Trainer(model, device, total_steps=4, micro_batch_tokens=4096, loading=KEPT, **options)
+        trainer = plain_trainer(s, device)
         return trainer, trainer.update(episodes)
 
     def plain():
-        trainer = naive.Trainer(model, device, micro_batch=8, dtype=compute_dtype(device), **options)
-        return trainer, trainer.update(episodes)
+        update = plain_update(simple.Settings(micro_batch=8, **options))
+        return update, update(responses)
 
     most, (trainer, _) = peak(ours)
-    most_plain, (plain_trainer, _) = peak(plain)
-    works = [partial(x.update, episodes) for x in (trainer, plain_trainer)]
+    most_plain, (update, _) = peak(plain)
+    works = [partial(trainer.update, episodes), partial(update, responses)]
     time_ours, time_plain = take_turns(works, a.repeats)
     note = f"{most / 1e9:.2f} of {most_plain / 1e9:.2f} GB, models included"
     ratio, took = time_ours / time_plain, f"{time_ours:.1f} s"
@@ -508,15 +531,25 @@ def bench_update(a, folder):
 
 
 def bench_iteration(a, folder):
-    """One whole iteration, rollouts and update, against naive.py; one rank."""
-    from experiments import naive
+    """One whole iteration, rollouts and update, against simple.py; one rank."""
+    import simple
 
-    w = Workload(a.model, folder, minibatch=32)
-    options, size = dict(learning_rate=1e-6, minibatch=32), w.s.micro_batch_tokens
-    trainer = Trainer(w.model, w.device, total_steps=100, micro_batch_tokens=size, loading=KEPT, **options)
-    dtype = compute_dtype(w.device)
-    plain_trainer = naive.Trainer(w.model, w.device, micro_batch=8, dtype=dtype, **options)
-    tokens, tokens_plain = [], []
+    w = Workload(a.model, folder, minibatch=32, learning_rate=1e-6, whiten=True)
+    names = {f.name for f in fields(simple.Settings)} & set(vars(w.s))
+    s = simple.Settings(**{name: getattr(w.s, name) for name in names})
+    trainer, update = plain_trainer(w.s, w.device), plain_update(s)
+    starts = [(tuple(p.prompt_ids), (), p.answer) for p in w.problems]
+    tokens, tokens_plain, sample = [], [], simple.sample
+
+    def counted(*arguments):
+        rollouts = sample(*arguments)
+        tokens_plain[-1] += sum(len(r.ids) for r in rollouts)
+        return rollouts
+
+    def cut(_, *response):  # by the workload's rule: random texts have no lines
+        return step_boundaries(w.s.step_credit, *response)
+
+    simple.sample, simple.step_boundaries = counted, cut
 
     def ours():
         episodes = w.iterate()
@@ -525,16 +558,15 @@ def bench_iteration(a, folder):
 
     def plain():
         w.forget_prefixes()
-        episodes, sampled = naive.rollouts(w.engine, w.grader, w.problems, w.s)
-        plain_trainer.update(episodes)
-        tokens_plain.append(sampled)
+        tokens_plain.append(0)
+        update(simple.collect(w.engine.llm, w.grader, starts, s))
 
     ours()
     plain()
     most, most_plain = (peak(work)[0] for work in (ours, plain))
     time_ours, time_plain = take_turns([ours, plain], a.repeats)
     count = statistics.median(tokens)
-    ratio, equal = count / statistics.median(tokens_plain), f"{count:.0f}: equal states once"
+    ratio, equal = count / statistics.median(tokens_plain), f"{count:.0f}; both value equal states once"
     took = f"{time_ours:.1f} of {time_plain:.1f} s"
     note = f"{most / 1e6:.0f} of {most_plain / 1e6:.0f} MB above models and engine"
     return [

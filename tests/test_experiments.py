@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 import train
 from baselines import dpo, restem
 from episode import Completion, Episode, State
-from experiments import balance, common, compare, gradients, naive, peers, values
+from experiments import balance, common, compare, gradients, peers, values
 from model import load_sharded
-from ppo import Trainer
 from support.run_folder import write_solutions
 from support.settings import parse
 
@@ -536,27 +535,6 @@ def test_what_is_no_checkpoint_is_refused(program, tmp_path, main_of):
 
 
 # --- speed ---
-
-
-def test_the_plain_trainer_of_the_benchmark_makes_the_same_update(tiny_model, device):
-    """It is compared with in time and memory, so it must do the same work: one optimizer step with
-    both.
-    """
-    rng, episodes = random.Random(0), []
-    for n in (3, 9, 1, 6):
-        prompt, response = ([rng.randrange(2, 20) for _ in range(length)] for length in (5, n))
-        advantages = [rng.gauss(0, 1)] * n
-        zeros = [0.0] * n
-        episodes.append(Episode(prompt, response_ids=response, advantages=advantages, engine_logprobs=zeros))
-    options = dict(learning_rate=1e-3, minibatch=4, epochs=1)
-    ours = Trainer(tiny_model, device, total_steps=1, loading=EXACT, **options)
-    plain = naive.Trainer(tiny_model, device, micro_batch=2, **options)
-    before = {name: p.clone() for name, p in plain.model.named_parameters()}
-    ours.update(episodes)
-    plain.update(episodes)
-    assert any(not torch.equal(before[name], p) for name, p in plain.model.named_parameters())
-    for (name, a), b in zip(ours.policy.named_parameters(), plain.model.parameters()):
-        torch.testing.assert_close(a.full_tensor(), b, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_the_benchmark_finds_the_value_prompts_in_the_prefix_cache():
