@@ -48,8 +48,8 @@ def local_folder(model):
     A hub model is downloaded to the hub's cache; programs call this first where nothing limits how
     long a download may take. Pickled weights are converted once, into HF_HOME/vineppo; beside them, links to the
     model's other files. They are read with torch.load(weights_only=True), which builds tensors and runs no code.
-    The same is made without the *.safetensors files that vLLM would read and transformers not. Raises OSError if
-    the model is not there, ValueError for weights of another kind or a pickle with more than tensors.
+    Where vLLM would read *.safetensors files that transformers does not read, it is a folder of links without them.
+    Raises OSError if the model is not there, ValueError for weights of another kind or a pickle with more than tensors.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -63,12 +63,12 @@ def local_folder(model):
         raise ValueError(
             f"{folder} has no weights: neither {WEIGHTS}, nor its index, nor {PICKLES}; {held(folder)}"
         )
-    left_out = sorted({*pickles, *folder.glob("*.safetensors")} - {*whole})
-    if (
-        not left_out or whole and (folder / f"{WEIGHTS}.index.json").exists()
-    ):  # vLLM reads what the index names
+    strays = {*folder.glob("*.safetensors")} - {*whole}
+    if whole and (
+        not strays or (folder / f"{WEIGHTS}.index.json").exists()
+    ):  # vLLM reads what an index names
         return str(folder)
-    linked = sorted({*folder.iterdir()} - {*left_out})
+    linked = sorted({file for pattern in FILES for file in folder.glob(pattern)} - strays)
 
     def make(draft):
         draft.mkdir()
@@ -76,11 +76,11 @@ def local_folder(model):
             (draft / file.name).symlink_to(file.absolute())
         convert(pickles, draft)
 
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in left_out]
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in pickles]
     key = str(folder.absolute()), files, [file.name for file in linked]
-    names = ", ".join(file.name for file in left_out[:3])
-    about = f"the weights of {model} are converted to safetensors" if pickles else f"{model}: without {names}"
-    return made_once(key, about, make)
+    names = ", ".join(sorted(file.name for file in strays))
+    about = "the weights of {} are converted to safetensors" if pickles else f"{{}} is read without {names}"
+    return made_once(key, about.format(model), make)
 
 
 def check_files(folder):
@@ -99,9 +99,7 @@ def check_files(folder):
             raise ValueError(f"{file} is not a file, or a link to one that is gone: download the model again")
         with open(file, "rb") as opened:
             if opened.read(24) == b"version https://git-lfs.":
-                raise ValueError(
-                    f"{file} is a Git LFS pointer, not the file: run `git lfs pull` in its folder"
-                )
+                raise ValueError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull` there")
     for file in (folder / f"{name}.json" for name in JSON):
         if file.exists():
             with in_one_line(f"{file} is not a JSON object: copy or download it again"):
@@ -132,9 +130,7 @@ def weight_files(folder, name=WEIGHTS):
         with in_one_line(f"{index} is not an index of weights: copy or download it again"):
             named = sorted({*map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())})
     elif name == WEIGHTS and not single.exists() and any(folder.glob("model-*-of-*.safetensors")):
-        raise ValueError(
-            f"{folder} has parts of the weights, but not their index {index.name}: copy it there"
-        )
+        raise ValueError(f"{folder} has parts of the weights, but not their index {index.name}: copy it")
     missing = [x for x in named if not (folder / x).is_file()]
     if missing:
         count = f"{len(missing)} of the {len(named)} files that {index.name} names"

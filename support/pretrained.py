@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from support.model_files import check_files, in_one_line, local_folder, made_once
 
 TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
-BESIDE = "special_tokens_map.json added_tokens.json chat_template.jinja additional_chat_templates".split()
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 PROBE = "Problem:\nFind  x^2 if $\\alpha$, α = 1234.5.\n\n\tSolution: It's 3 + 4 = 7.\n#### 7"
 
 
@@ -40,10 +40,8 @@ def check_kind(config, path):
     named = [name.lower() for name in config.architectures or [known or ""]]
     right = "AutoModelForCausalLM" in (own or {}) or known and known.lower() in named
     if not right or config.is_encoder_decoder or config.get_text_config() is not config:
-        what = f"{' '.join(config.architectures or [])} of type {config.model_type}"
-        raise ValueError(
-            f"--model {path} is a {what} (its config.json), not a causal language model of text alone"
-        )
+        what = f"{' '.join(config.architectures or [])} of type {config.model_type} (its config.json)"
+        raise ValueError(f"--model {path} is a {what}, not a causal language model of text alone")
 
 
 def positions(config):
@@ -102,9 +100,8 @@ def load_tokenizer(s):
     config = read_config(path, trust)
     limit = positions(config)
     if limit and s.max_sequence > limit:
-        raise ValueError(
-            f"--max_sequence {s.max_sequence} is more than the {limit} positions of --model {path}"
-        )
+        few = f"is more than the {limit} positions of --model {path}"
+        raise ValueError(f"--max_sequence {s.max_sequence} {few}")
     tokenizer, generation = read_tokenizer(path, trust), generation_config(path)
     ends = [getattr(part, "eos_token_id", None) for part in (tokenizer, config, generation)]
     ends += [getattr(s, "stop", None) or None, end_of_turn(tokenizer) if getattr(s, "chat", False) else None]
@@ -143,8 +140,7 @@ def read_tokenizer(model, trust_remote_code=False):
     names = sorted({file.name for pattern in TOKENIZERS for file in folder.glob(pattern)})
     if not names:
         raise ValueError(
-            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy the files of the "
-            "tokenizer from the model that this one was trained from"
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy it there"
         )
     with in_one_line(
         f"the tokenizer in {folder} cannot be read from {', '.join(names)}: copy its files again"

@@ -85,7 +85,8 @@ def check_weights(network, path):
     )
     found, _ = convert_and_load_state_dict_in_model(network, tensors, rules)
     network.mark_tied_weights_as_initialized(found)
-    for pair in network.all_tied_weights_keys.items():
+    tied = getattr(network, "all_tied_weights_keys", {})
+    for pair in tied.items():
         if not found.missing_keys.issuperset(pair):
             found.missing_keys.difference_update(pair)
     network._adjust_missing_and_unexpected_keys(found)
@@ -94,8 +95,8 @@ def check_weights(network, path):
     more = sorted(name for name in found.unexpected_keys if not name.endswith(buffers))
     if missing := sorted(found.missing_keys):
         instead = f"; instead they hold {listed(more)}" if more else ""
-        tied = missing == ["lm_head.weight"]
-        tie = ", or set tie_word_embeddings in its config.json if its head is its embedding" if tied else ""
+        tie = ", or set tie_word_embeddings in its config.json if its head is its embedding"
+        tie = tie if missing == ["lm_head.weight"] else ""
         raise ValueError(
             f"{said} files lack {listed(missing)}, of the {len(needed)} tensors of {kind}{instead}: copy or save the "
             f"model again{tie}"
@@ -115,7 +116,7 @@ def check_weights(network, path):
             f'{said} files hold {listed(bare)} without "model." before the names, which the engine needs: load it '
             "with AutoModelForCausalLM, save it, and name the new folder"
         )
-    for name, source in network.all_tied_weights_keys.items():
+    for name, source in tied.items():
         source = source if source in tensors else source.removeprefix(f"{network.base_model_prefix}.")
         if name in tensors and not (
             source in tensors and torch.equal(*(rows(x, files) for x in (name, source)))

@@ -468,6 +468,23 @@ def test_saved_training_state_continues_as_if_never_interrupted(tiny_model, devi
         assert torch.equal(a, b), name
 
 
+def test_saving_before_the_first_step_that_is_not_skipped_counts_no_step(tiny_model, device, tmp_path):
+    """torch makes a step to have a state that can be saved; the next one would have 74 % of its size."""
+    s = settings(tiny_model, learning_rate=1e-2, seed=5)
+    straight, saved = (ppo.Trainer(s, device) for _ in range(2))
+    broken = episodes()
+    broken[3].advantages[0] = float("inf")
+    for trainer in straight, saved:
+        assert trainer.update(broken)["skipped_steps"] == 2
+    saved.save(tmp_path / "state")
+    resumed = ppo.Trainer(s, device)
+    resumed.load(tmp_path / "state")
+    for trainer in straight, saved, resumed:
+        trainer.update(episodes())
+    for (name, a), (_, b), (_, c) in zip(straight.weights(), saved.weights(), resumed.weights()):
+        assert torch.equal(a, b) and torch.equal(a, c), name
+
+
 def test_episodes_that_do_not_fill_the_minibatches_are_refused(tiny_model, device):
     trainer = ppo.Trainer(settings(tiny_model), device)
     with pytest.raises(ValueError, match="5 episodes on this rank do not divide into minibatches of 8"):

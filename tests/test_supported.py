@@ -255,7 +255,7 @@ BROKEN = {
     # the tokenizer
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json"),
-        r"has no tokenizer \(tokenizer.json, tokenizer.model or vocab.json\): copy the files",
+        r"has no tokenizer \(tokenizer.json, tokenizer.model or vocab.json\): copy it there",
     ),
     "tokenizer of zero bytes": (file("tokenizer.json", b""), "tokenizer.json is not a JSON object: copy or download"),
     "pickled tokenizer": (file("tokenizer.json", b"\x80\x04\x95"), "tokenizer.json is not a JSON object"),
