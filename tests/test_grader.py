@@ -1263,7 +1263,7 @@ def test_a_hostile_answer_does_not_hold_up_the_others():
     both.grade([r"\boxed{\sqrt{8}}"] * 2, [r"\sqrt{2}", r"\sqrt{3}"])  # the workers are up
     texts = [r"\boxed{9^{9^{9^{9^{9}}}}}"] + [rf"\boxed{{\sqrt{{{n}}}+x}}" for n in range(2, 32)]
     golds = [r"\sqrt{2}"] + [rf"x+\sqrt{{{n}}}" for n in range(2, 32)]
-    pairs = both.start(texts, golds)
+    pairs = both._start(texts, golds)
     others = [both._started[pair] for pair in pairs[1:]]
     assert (
         all(other.result() for other in others) and not both._started[pairs[0]].done()
