@@ -1,23 +1,24 @@
-"""Problems and prompts: MATH and GSM8K from the hub, generated arithmetic, or your own file.
+"""Problems and prompts: MATH and GSM8K from the hub, generated arithmetic, or a data set of your own.
 
     train, test = load("gsm8k")
     train, skipped = encode(train, tokenizer, max_prompt=1024)
 
-The paper's prompt is the default template.
+The paper's prompt is the default template. docs/data.md says what is read of a row.
 """
 
 import hashlib
-import math
 import re
-from dataclasses import dataclass, replace
-from datetime import date
-from decimal import Decimal
+import unicodedata
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
-from grader import Grader
-from grading import boxed, extract_answer
-from support.files import FILE_TYPES, only_file, read_rows
-from support.model_files import in_one_line
+from support.columns import fields_of
+from support.encoder import Encoder
+from support.files import FILE_TYPES, HUB_NAME, Spool, folder_rows, hub_rows, read_rows
+from support.golds import check_golds, say_what_repeats
 from support.pretrained import end_of_turn
 from tasks import arithmetic, worded
 
@@ -27,12 +28,12 @@ CHAT_TEMPLATES = {  # what a chat model is asked, inside its own chat markup
     "math": "{problem}\n\nReason step by step, and put your final answer within \\boxed{}.",
     "gsm8k": "{problem}\n\nReason step by step, one step per line, and end with a line '#### <number>'.",
 }
-MAX_BAD_ANSWERS = 0.03  # the largest share of gold answers that no response can match
 BUILT_IN = {"arithmetic": arithmetic, "worded": worded}  # tasks that are generated
-HUB = {"math": ("nlile/hendrycks-MATH-benchmark", None), "gsm8k": ("openai/gsm8k", "main")}
+HUB = {"math": "nlile/hendrycks-MATH-benchmark", "gsm8k": "openai/gsm8k/main"}
+BATCH = 1000  # problems that are tokenized at once
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     prompt: str  # what the policy sees, template filled in; its response begins right after it
     answer: str  # the gold answer, bare: "72", "\\frac{1}{2}"
@@ -40,227 +41,196 @@ class Problem:
     prompt_ids: list[int] | None = None  # of the prompt, by encode
     text: str = ""  # the bare problem, inside of prompt
     where: str = ""  # its file and row, for messages
+    turns: list[dict] | None = None  # messages before the prompt; None: it came as plain text
+    row: dict = field(default_factory=dict)  # all columns of its data
 
 
-def load(dataset, template=None, chat=False):
+class Problems(Sequence):
+    """Those of the stored problems that are chosen, by index. They stay on disk (Spool): each is read, put into
+    the template and encoded when it is asked for.
+    """
+
+    def __init__(self, stored, chosen, template=None, encoder=None):
+        self.stored, self.chosen, self.template, self.encoder = stored, chosen, template, encoder
+
+    def but(self, **changes):
+        return Problems(**vars(self) | changes)
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, i):
+        return self.but(chosen=self.chosen[i]) if isinstance(i, slice) else self._made([self.chosen[i]])[0]
+
+    def __iter__(self):
+        for start in range(0, len(self), BATCH):
+            yield from self._made(self.chosen[start : start + BATCH])
+
+    def _made(self, indices):
+        problems = [self.stored[i] for i in indices]
+        if self.template:
+            for p in problems:
+                p.prompt = self.template.replace("{problem}", p.text)
+        if self.encoder:
+            for p, ids in zip(problems, self.encoder(problems)):
+                p.prompt_ids = ids
+        return problems
+
+
+def load(
+    dataset, template=None, chat=False, system=None, problem_column=None, answer_column=None,
+    eval_only=False, answered=True,
+):  # fmt: skip
     """Read a dataset.
 
-    dataset: "math", "gsm8k", "arithmetic", "worded", or the path of a .jsonl/.json/.csv/.parquet file or of a
-    folder that holds a train.* and a test.* file of these types. A single file is split: every
-    tenth row is a test problem. template: prompt text with the placeholder {problem}; None takes
-    the paper's (or, with chat, one that asks for the answer's form). Returns (train, test), two
-    lists of Problem. Raises ValueError, one line that says what, where and what to do.
+    dataset: "math", "gsm8k", "arithmetic", "worded"; the path of a .jsonl/.json/.csv/.parquet file or of a
+    folder that holds a train.* and a test.* file of these types; or OWNER/NAME[/CONFIG][:SPLIT] on the hub. Of
+    a single file or split every tenth row is a test problem. template: prompt text with the placeholder
+    {problem}; None takes the paper's, or with chat one that asks for the answer's form; a row with a whole
+    prompt gets neither. system: a system turn in place of the data's. problem_column, answer_column: where
+    they stand. eval_only: all rows are test problems, if there is no test file. answered: a row needs an
+    answer. Returns (train, test), two sequences of Problem. Raises ValueError, one line that says what, where
+    and what to do.
     """
     if template is not None and "{problem}" not in template:
         problem = "has no {problem} in it: put {problem} where the problem goes"
         raise ValueError(f"--prompt_template {template!r} {problem}")
-    path = Path(dataset)
+    path, from_hub = Path(dataset), False
     if dataset in BUILT_IN:
-        rows = BUILT_IN[dataset].rows(20_000, 500)
-    elif dataset in HUB:
-        import datasets  # only the hub needs it
-
-        splits = datasets.load_dataset(*HUB[dataset])
-        rows = [
-            [(f"{dataset} {split} row {i}", row) for i, row in enumerate(splits[split])]
-            for split in ("train", "test")
-        ]
+        splits = BUILT_IN[dataset].rows(20_000, 500)
     elif path.is_dir():
-        rows = [read_rows(only_file(path, split)) for split in ("train", "test")]
+        splits = folder_rows(path, eval_only)
     elif path.is_file():
-        numbered = read_rows(path)
-        if len(numbered) < 2:
-            need = "a single file needs at least two, one to train on and one to test on"
-            raise ValueError(f"{path} has one row: {need}")
-        held_out = range(9, len(numbered), 10) if len(numbered) >= 10 else [len(numbered) - 1]
-        texts = [str(_text(row)) for _, row in numbered]
-        tested = {texts[i] for i in held_out}  # other rows of these problems are held out with them
-        if tested == set(texts):  # or none would be left to train on
-            texts, tested = range(len(numbered)), held_out
-        rows = [[], []]
-        for text, row in zip(texts, numbered):
-            rows[text in tested].append(row)
+        splits = [read_rows(path)]
+    elif dataset in HUB or HUB_NAME.fullmatch(str(dataset)) and path.suffix not in FILE_TYPES:
+        splits, from_hub = hub_rows(HUB.get(dataset, dataset), eval_only), True
     elif path.suffix in FILE_TYPES or len(path.parts) > 1:
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     else:
-        own = f"the path of a {'/'.join(FILE_TYPES)} file or folder"
-        known = ", ".join([*HUB, *BUILT_IN])
-        raise ValueError(f"--dataset {dataset} is not known: use {known}, or {own}")
-    train, test = ([_problem(where, row) for where, row in split] for split in rows)
-    if template is None and dataset in BUILT_IN:
-        template = "{problem}\n"
-    elif template is None and chat:
-        numbers = all(re.fullmatch(r"[-$ \d.,/%]+", p.answer) for p in train[:100])
-        latex = "\\boxed" in train[0].solution or dataset == "math" or not numbers
-        template = CHAT_TEMPLATES["math" if latex else "gsm8k"]
-    elif template is None:
-        template = PAPER_TEMPLATE
-    return tuple(
-        [replace(p, prompt=template.replace("{problem}", p.text)) for p in split] for split in (train, test)
-    )
+        own = f"the path of a {'/'.join(FILE_TYPES)} file or folder, or OWNER/NAME on the hub"
+        raise ValueError(f"--dataset {dataset} is not known: use {', '.join([*HUB, *BUILT_IN])}, or {own}")
+    columns = problem_column, answer_column, answered, from_hub
+    problems = [_problems(rows, chat, system, columns) for rows in splits]
+    first = list(islice(problems[0], 100))
+    problems[0] = chain(first, problems[0])
+    stored = [Spool(split) for split in (problems[-1:] if eval_only else problems)]
+    chosen = [range(len(split)) for split in stored]
+    if eval_only:
+        stored, chosen = [[], *stored], [[], *chosen]
+    elif len(stored) == 1:
+        stored, chosen = stored * 2, _held_out(stored[0], dataset)
+    if template is None:
+        template = "{problem}\n" if dataset in BUILT_IN else _template(dataset, first, chat, answered)
+    return tuple(Problems(split, indices, template) for split, indices in zip(stored, chosen))
 
 
-def encode(problems, tokenizer, max_prompt, chat=False, day=None):
-    """The problems with the token ids of their prompts, by the tokenizer's own rule for BOS, or
-    inside its chat template. day: a date, what the chat template takes for today.
+def load_for(s, answered=True):
+    """load, with a program's settings."""
+    columns = s.problem_column, s.answer_column, getattr(s, "eval_only", False), answered
+    return load(s.dataset, s.prompt_template, s.chat, s.system, *columns)
+
+
+def _problems(rows, chat, system, columns):
+    """Yields the Problem of each row. Its prompt is without a template: "", or a row's whole prompt."""
+    for where, row in rows:
+        try:
+            p = Problem(**fields_of(row, *columns), where=where, row=row)
+            "".join([p.text, p.answer, p.solution, *(t["content"] for t in p.turns or [])]).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where} holds half a character (a lone surrogate): write it again as UTF-8"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if system is not None:
+            p.turns = [turn for turn in p.turns or [] if turn["role"] != "system"]
+            p.turns.insert(0, {"role": "system", "content": system})
+        if p.turns and not chat:
+            p.text = "\n\n".join([*(turn["content"] for turn in p.turns), p.text])
+        yield p
+
+
+def _held_out(problems, dataset):
+    """(indices to train on, to test on) of a single file: every tenth, with the other rows of its problem."""
+    if len(problems) < 2:
+        need = "a single file needs at least two, one to train on and one to test on"
+        raise ValueError(f"{dataset} has one row: {need}")
+    held_out = range(9, len(problems), 10) if len(problems) >= 10 else [len(problems) - 1]
+    texts = [hash(problems[i].text) for i in range(len(problems))]
+    tested = {texts[i] for i in held_out}
+    if tested == set(texts):  # or none would be left to train on
+        texts, tested = range(len(problems)), held_out
+    parts = array("q"), array("q")
+    for i, text in enumerate(texts):
+        parts[text in tested].append(i)
+    return parts
+
+
+def _template(dataset, first, chat, answered):
+    """The prompt around problems like the first ones."""
+    if first[0].prompt or chat and not answered:
+        return "{problem}"
+    if not chat:
+        return PAPER_TEMPLATE
+    numbers = all(re.fullmatch(r"[-$ \d.,/%]+", p.answer) for p in first)
+    latex = "\\boxed" in first[0].solution or dataset == "math" or not numbers
+    return CHAT_TEMPLATES["math" if latex else "gsm8k"]
+
+
+def encode(problems, tokenizer, max_prompt, chat=False, chat_options=None, day=None):
+    """The problems with the token ids of their prompts. chat, chat_options, day: see Encoder.
 
     Returns (kept, skipped): skipped counts the problems that are left out, since their prompt is
-    longer than max_prompt.
+    longer than max_prompt. A token is at least a byte: only the prompts that may be too long are tokenized here.
     """
-    if chat and not tokenizer.chat_template:
-        raise ValueError(f"--chat: the tokenizer of {tokenizer.name_or_path} has no chat template")
-    texts = [_rendered(p.prompt, tokenizer, chat, day) for p in problems]
-    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]  # a chat template writes its own BOS
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for i, p in enumerate(problems):
-        if any(token in p.text for token in special):
-            ids[i] = _with_problem_as_text(p, tokenizer, chat, day)
-    ids = [_to_be_continued(i, text, tokenizer) for i, text in zip(ids, texts)]
-    kept = [replace(p, prompt_ids=i) for p, i in zip(problems, ids) if len(i) <= max_prompt]
+    if not isinstance(problems, Problems):
+        problems = Problems(problems, range(len(problems)))
+    encoder, around = Encoder(tokenizer, chat, chat_options, day), {}
+    kept, unsure = array("q"), array("q")
+    for i, p in zip(problems.chosen, problems):
+        turns = encoder.turns(p)
+        roles = tuple(turn["role"] for turn in turns)
+        if roles not in around:  # tokens of the chat template, at most
+            around[roles] = len(encoder([p])[0])
+        texts = "".join([p.prompt, *(turn["content"] for turn in turns)])
+        longest = len(texts if texts.isascii() else unicodedata.normalize("NFKC", texts).encode())
+        (kept if around[roles] + longest <= max_prompt else unsure).append(i)
+    counted = zip(unsure, problems.but(chosen=unsure, encoder=encoder))
+    kept.extend(i for i, p in counted if len(p.prompt_ids) <= max_prompt)
+    kept = problems.but(chosen=array("q", sorted(kept)), encoder=encoder)
     return kept, len(problems) - len(kept)
 
 
-def _rendered(prompt, tokenizer, chat, day):
-    """The prompt, inside the tokenizer's chat template with chat."""
-    if not chat:
-        return prompt
-    options = dict(add_generation_prompt=True, tokenize=False, strftime_now=(day or date.today()).strftime)
-    with in_one_line(f"--chat: the chat template of {tokenizer.name_or_path} writes no prompt"):
-        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
-
-
-def _with_problem_as_text(p, tokenizer, chat, day):
-    """Ids of a prompt whose problem spells special tokens: as plain text, so that none is obeyed."""
-    mark = "\ue000"  # of private use
-    before, *parts = _rendered(p.prompt.replace(p.text, mark), tokenizer, chat, day).split(mark)
-    text = dict(add_special_tokens=False)
-    ids = _to_be_continued(tokenizer(before, add_special_tokens=not chat)["input_ids"], before, tokenizer)
-    for after in parts:
-        ids += tokenizer(p.text, split_special_tokens=True, **text)["input_ids"]
-        ids += tokenizer(after, **text)["input_ids"]
-    return ids
-
-
-def _to_be_continued(ids, text, tokenizer):
-    """The ids of a prompt without an EOS that the tokenizer appends, and with BOS once."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if eos is not None and ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-
-def encode_splits(splits, tokenizer, s, say=None, day=None):
+def encode_splits(splits, tokenizer, s, say=None, day=None, answered=True):
     """The problems of each split, encoded; raises ValueError if none of a split has a prompt that
     is short enough.
 
-    s: settings with max_sequence, max_tokens and chat. say: prints how many were skipped. day: see encode.
+    s: settings with max_sequence, max_tokens, chat and chat_options. say: prints what stands out. day: see Encoder.
+    answered: the gold answers are checked.
     """
     limit = s.max_sequence - s.max_tokens
-    encoded, skipped = zip(*(encode(problems, tokenizer, limit, s.chat, day) for problems in splits))
-    if not all(encoded):
+    encoded, skipped = zip(*(encode(p, tokenizer, limit, s.chat, s.chat_options, day) for p in splits))
+    if any(split and not kept for split, kept in zip(splits, encoded)):
         raise ValueError(f"every prompt is longer than --max_sequence - --max_tokens = {limit} tokens")
-    check_golds([p for split in encoded for p in split], say)
+    plain = [kept.but(encoder=None) for kept in encoded]
+    if answered:
+        check_golds(chain(*plain), say)
     if say:
-        _say_what_repeats(encoded, say)
-    if say and s.chat and (end := end_of_turn(tokenizer)) != tokenizer.eos_token:
-        ends = f"a response ends at {end}, too, which ends" if end else "name a --stop: no token ends"
-        say(f"--chat: {ends} an assistant's turn in the chat template")
-    if sum(skipped) and say:
-        say(f"skipped {sum(skipped)} problems: their prompts are longer than --max_sequence - --max_tokens")
+        say_what_repeats(*plain, say)
+        if s.chat and (end := end_of_turn(tokenizer)) != tokenizer.eos_token:
+            ends = f"a response ends at {end}, too, which ends" if end else "name a --stop: no token ends"
+            say(f"--chat: {ends} an assistant's turn in the chat template")
+        if not s.chat and plain[-1][0].turns is not None:
+            say("the problems are messages, whose texts are joined: --chat puts them into the chat template")
+        if sum(skipped):
+            too_long = "their prompts are longer than --max_sequence - --max_tokens"
+            say(f"skipped {sum(skipped)} problems: {too_long}")
     return encoded
 
 
-def check_golds(problems, say=None):
-    """Count the gold answers that no response can match; raise ValueError for more than MAX_BAD_ANSWERS of them."""
-    bad = [(p, why) for p, why in zip(problems, _whats_wrong([p.answer for p in problems])) if why]
-    if not bad:
-        return
-    shown = "; ".join(f"{p.where}: {p.answer[:60]!r} {why}" for p, why in bad[:3])
-    text = f"no response can match {len(bad)} of {len(problems)} gold answers, the first: {shown}"
-    if len(bad) > MAX_BAD_ANSWERS * len(problems):
-        raise ValueError(f"{text} (at most {MAX_BAD_ANSWERS:.0%} of them may be so)")
-    if say:
-        say(text)
-
-
-def _whats_wrong(golds):
-    """Why no final answer of a response equals a gold, "" where one does, for each of them."""
-    grader = Grader()
-    equal_themselves = grader.grade([f"\\boxed{{{gold}}}" for gold in golds], golds)
-    grader.close()
-    for gold, equals_itself in zip(golds, equal_themselves):
-        words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", gold)
-        if re.search(r"[\x00-\x1f\x7f]", gold):
-            yield "holds a control character (a LaTeX backslash must be two in JSON)"
-        elif extract_answer(gold) is not None or len(words) > 8 or len(words) > 1 and gold[-1] in ".!?":
-            yield "is a sentence, not a bare answer"
-        else:
-            yield "" if equals_itself else "does not equal itself for the grader, in a box"
-
-
 def fingerprint(problems):
-    """A hash of the problems that a run trains on."""
-    rows = "\n".join(repr((p.prompt_ids, p.answer)) for p in problems)
-    return hashlib.sha256(rows.encode()).hexdigest()
-
-
-def _say_what_repeats(splits, say):
-    """Problems of the test split that are trained on, and those with more than one gold answer."""
-    train, test = ({p.prompt for p in split} for split in splits)
-    if train & test:
-        say(f"{len(train & test)} of {len(test)} test problems are training problems too")
-    answers = {}
-    for p in (p for split in splits for p in split):
-        answers.setdefault(p.prompt, set()).add(p.answer)
-    differ = [prompt for prompt, golds in answers.items() if len(golds) > 1]
-    if differ:
-        say(f"{len(differ)} problems have more than one gold answer, the first: {differ[0][:60]!r}")
-
-
-def _text(row):
-    return row.get("problem") or row.get("question")
-
-
-def _problem(where, row):
-    """Problem of one row; its prompt is still without a template."""
-    text = _text(row)
-    if not isinstance(text, str) or not text.strip():
-        found = ", ".join(map(str, row)) or "none"
-        raise ValueError(f"{where} has no problem: needs a column problem or question, found {found}")
-    if "answer" not in row and "solution" not in row:
-        raise ValueError(f"{where}: needs a column answer or solution, found {', '.join(map(str, row))}")
-    answer = _as_text(row.get("answer"), where)
-    solution = row.get("solution") or ""
-    if not isinstance(solution, str):
-        if not answer:
-            raise ValueError(f"{where}: its solution is no text but {type(solution).__name__}")
-        solution = ""  # only sft.py reads it
-    if "####" in answer or "\\boxed" in answer:  # GSM8K's answer column is a solution
-        solution, answer = answer, ""
-    answer = answer or _gold(solution)
-    if (boxed(solution) or "").endswith(f", {answer}"):  # the column holds the last of several boxes only
-        answer = boxed(solution)
-    if not answer:
-        advice = "fill answer, or end the solution in \\boxed{..} or '#### n'"
-        raise ValueError(f"{where} has no gold answer: {advice}")
-    if any("\ud800" <= c <= "\udfff" for c in text + answer + solution):
-        raise ValueError(f"{where} holds half a character (a lone surrogate): write it again as UTF-8")
-    solution = re.sub(r"<<[^<>\n]*>>", "", solution)  # GSM8K's calculator marks
-    return Problem(text, answer, solution, text=text, where=where)
-
-
-def _as_text(answer, where):
-    """The answer column's value as text; numbers without an exponent."""
-    if isinstance(answer, float | Decimal) and math.isfinite(answer):
-        return f"{Decimal(str(answer)):f}"
-    if answer is not None and not isinstance(answer, str | int):
-        raise ValueError(f"{where}: its answer is {answer!r:.60}; it must be text or a number")
-    text = "" if answer is None else str(answer)
-    return text if re.match(r"[\t-\r][a-z]", text) else text.strip()  # not the rest of \frac, \text, ..
-
-
-def _gold(solution):
-    """The answer at the end of a worked solution, or "" (grading.extract_answer reads sampled text)."""
-    if "####" in solution:
-        return solution.rsplit("####", 1)[1].strip()
-    return boxed(solution) or ""
+    """A hash of the problems that a run trains on, and of their rows."""
+    found = hashlib.sha256()
+    for p in problems.but(encoder=None) if isinstance(problems, Problems) else problems:
+        found.update(repr((p.answer, p.row)).encode())
+    return found.hexdigest()

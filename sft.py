@@ -52,6 +52,10 @@ class Settings:
         None, "prompt with {problem} in it; None: the paper's", is_text=True
     )
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
+    problem_column: str | None = setting(None, "where the problem stands; None: see docs/data.md")
+    answer_column: str | None = setting(None, "where its answer does; a.b for a column in a column")
+    system: str | None = setting(None, "text of the system turn, in place of the data's", is_text=True)
+    chat_options: str | None = setting(None, 'JSON for the chat template: {"enable_thinking": false}')
     seed: int = setting(0, "of the weights and of the order of the sequences")
 
 
@@ -62,9 +66,9 @@ PRESETS = {
 }
 
 
-def sequences(problems, tokenizer, max_tokens, chat):
+def sequences(problems, tokenizer, max_tokens, chat, chat_options=None):
     """(Episodes of the solutions and EOS, how many were too long)"""
-    kept, skipped = data.encode(problems, tokenizer, max_tokens, chat)
+    kept, skipped = data.encode(problems, tokenizer, max_tokens, chat, chat_options)
     episodes = []
     for p in kept:
         separator = "" if chat or p.prompt[-1:].isspace() else " "
@@ -111,7 +115,7 @@ def prepare(s, scratch):
     Without a --model each rank writes the built-in task's into scratch, the same one.
     """
     world = world_size()
-    problems = [p for p in data.load(s.dataset, s.prompt_template, s.chat)[0] if p.solution]
+    problems = [p for p in data.load_for(s)[0] if p.solution]
     if not problems:
         raise ValueError(f"--dataset {s.dataset} has no solutions to learn from: it needs a solution column")
     if s.dataset not in data.BUILT_IN and s.model is None:
@@ -125,7 +129,7 @@ def prepare(s, scratch):
     tokenizer = read_tokenizer(s.model)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of --model {s.model} has no EOS token to end responses with")
-    episodes, skipped = sequences(problems, tokenizer, min(limit, s.max_tokens), s.chat)
+    episodes, skipped = sequences(problems, tokenizer, min(limit, s.max_tokens), s.chat, s.chat_options)
     if len(episodes) < world:
         total = len(episodes) + skipped
         raise ValueError(f"{len(episodes)} of {total} sequences are within --max_tokens {s.max_tokens}")

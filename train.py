@@ -51,7 +51,8 @@ class Settings:
 
     # the run
     dataset: str = setting(
-        "arithmetic", "math, gsm8k, arithmetic or worded (both built in), or a path (see data.py)"
+        "arithmetic",
+        "math, gsm8k, arithmetic or worded (both built in), a path, or OWNER/NAME[:SPLIT] on the hub",
     )
     model: str | None = setting("realtreetune/rho-1b-sft-MATH", "Hugging Face folder or hub name")
     algorithm: str = setting("vineppo", "whose advantages", choices=ALGORITHMS)
@@ -63,6 +64,10 @@ class Settings:
         None, "prompt with {problem} in it; None: the paper's", is_text=True
     )
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
+    problem_column: str | None = setting(None, "where the problem stands; None: see docs/data.md")
+    answer_column: str | None = setting(None, "where its answer does; a.b for a column in a column")
+    system: str | None = setting(None, "text of the system turn, in place of the data's", is_text=True)
+    chat_options: str | None = setting(None, 'JSON for the chat template: {"enable_thinking": false}')
     # advantages
     K: int = setting(9, "vineppo: rollouts that estimate the value of each state", min=1)
     step_credit: str = setting("paper", "vineppo: paper, newline, sentence, tokens:N, cutpoints:N")
@@ -214,14 +219,15 @@ def main():
                     f"{run.folder} is finished, its model is in model/: name another --run_dir for a new run"
                 )
             return
-        splits = data.load(s.dataset, s.prompt_template, s.chat)
+        splits = data.load_for(s)
         tokenizer = load_tokenizer(s)
         day = run.day if run else None
         problems, test_problems = data.encode_splits(splits, tokenizer, s, print if first else None, day)
         test_problems = test_problems[: s.eval_problems]
         if first:
-            ids = [p.prompt_ids for p in problems + test_problems]
-            check_supported(s.model, ids, s.trust_remote_code, critic=run and s.algorithm == "ppo")
+            ids = (p.prompt_ids for part in (problems, test_problems) for p in part)
+            critic = run and s.algorithm == "ppo"
+            check_supported(s.model, ids, s.trust_remote_code, critic, tokenizer)
         if run and first:
             run.lock()
             inputs = {"--model": fingerprint(s.model), "--dataset": data.fingerprint(problems)}

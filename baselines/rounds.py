@@ -47,6 +47,10 @@ class Settings:
         None, "prompt with {problem} in it; None: the paper's", is_text=True
     )
     chat: bool = setting(False, "put the prompt into the tokenizer's chat template")
+    problem_column: str | None = setting(None, "where the problem stands; None: see docs/data.md")
+    answer_column: str | None = setting(None, "where its answer does; a.b for a column in a column")
+    system: str | None = setting(None, "text of the system turn, in place of the data's", is_text=True)
+    chat_options: str | None = setting(None, 'JSON for the chat template: {"enable_thinking": false}')
     temperature: float = setting(0.6, "sampling temperature", above=0)
     top_p: float = setting(0.9, "nucleus of responses and evaluations", above=0, max=1)
     max_tokens: int = setting(1024, "token limit of a response", min=1)
@@ -88,11 +92,12 @@ def main(method, doc, settings_class, train_round):
         run = Path(s.run_dir or f"runs/{Path(s.dataset).stem}-{method}")
         if (run / "metrics.jsonl").exists():
             raise ValueError(f"--run_dir {run} holds a run already: name another folder")
-        splits = data.load(s.dataset, s.prompt_template, s.chat)
+        splits = data.load_for(s)
         tokenizer = load_tokenizer(s)
         training, test = data.encode_splits(splits, tokenizer, s, print if first else None)
         for model in filter(None, {s.model, getattr(s, "base_model", None)}):
-            check_supported(model, [p.prompt_ids for p in training + test])
+            ids = (p.prompt_ids for part in (training, test) for p in part)
+            check_supported(model, ids, tokenizer=tokenizer)
     except (ValueError, OSError) as error:
         refuse(f"{method}: {str(error).splitlines()[0]}")
     device = init_distributed()

@@ -173,9 +173,8 @@ class Checkpoint:
 
         s, tokenizer = self.s, read_tokenizer(self.model)
         day = first_day(Path(s.run_dir))
-        splits = data.load(s.dataset, s.prompt_template, s.chat)
-        limit = s.max_sequence - s.max_tokens
-        self.training, self.test = (data.encode(part, tokenizer, limit, s.chat, day)[0] for part in splits)
+        options = s.max_sequence - s.max_tokens, s.chat, s.chat_options, day
+        self.training, self.test = (data.encode(p, tokenizer, *options)[0] for p in data.load_for(s))
         if len(self.test) < needed:
             raise ValueError(
                 f"--problems and --ranked together need {needed} test problems; {s.dataset} has {len(self.test)}"

@@ -7,6 +7,10 @@ extraction.py finds the answer; answers.py holds the rules of equality, with the
 expressions.py, spellings.py and units.py. For the rest the rules ask math-verify, in a process that the
 kernel ends when it has used up its CPU time (symbolic.py), so a busy machine does not change a verdict. The
 package needs math-verify and nothing else of this project.
+
+Two rules that a mathematician may not expect. A unit can be left out, and the percent and the degree sign are
+units: 50 % equals 50 and not 0.5, 90° equals 90 and not pi/2 (but cos 60° equals 1/2). And an answer need not
+be worked out: 36+36 equals 72.
 """
 
 from functools import cache

@@ -42,6 +42,7 @@ LABELS = [  # what an answer can be called
 LABEL = re.compile("|".join(LABELS))
 RELATIONS = ("=", "<", ">", "\\leq", "\\geq", "\\neq", "\\in", "\\equiv", "\\approx", "\\sim", "\\to")
 FLIPPED = {">": "<", "\\geq": "\\leq"}
+OR = re.compile(r"\\text\s*\{\s*or\s*\}|\\lor(?![a-z])|\sor\s")
 WORDS = re.compile(r"[A-Z]|[A-Za-z]{3,}(?:[\s'-]+[A-Za-z]+)*")
 # a numeral in another base, a time, a ratio
 LITERAL = re.compile(r"[^_:]*\d\s*(?:_\s*\{?\s*\w+\s*\}?|:\s*\d+(?::\d+)?)")
@@ -81,6 +82,8 @@ def _same(a, b, symbolic, depth=0):
     sides_a, sides_b = _sides(a), _sides(b)
     if label_a and (label_a == label_b or not sides_b) or label_b and not sides_a:
         return _same(rest_a.strip(), rest_b.strip(), symbolic, depth)  # "x = 5" is 5
+    if interval := sides_a and _interval(*sides_a, b) or sides_b and _interval(*sides_b, a):
+        return again(*interval)
     if sides_a or sides_b:
         return _same_relation(sides_a or a, sides_b or b, symbolic, again)
     x, y = _number(a), _number(b)
@@ -88,6 +91,8 @@ def _same(a, b, symbolic, depth=0):
         return x == y
     kind_a, items_a = _pieces(a)
     kind_b, items_b = _pieces(b)
+    if {kind_a, kind_b} == {"list", "union"} and OR.search(a + b):  # x < 1 or x > 3
+        kind_a = kind_b
     if kind_a or kind_b:
         if kind_a != kind_b or len(items_a) != len(items_b):
             return False
@@ -113,6 +118,25 @@ def _same(a, b, symbolic, depth=0):
     if not re.search(rf"\\({FUNCTIONS}|pi)(?![a-z])|\^\s*\{{[^{{}}]*\^", a + b):
         a, b = (x.replace("^\\circ", " ") for x in (a, b))  # 90^\circ - x
     return symbolic(a, b)
+
+
+def _interval(signs, sides, other):
+    r"""Two intervals, of a variable between two bounds or beyond one and of what is an interval already; None
+    where one is not: ("[-2,0)", "[-2, 0)") of -2 \leq x < 0 and x \in [-2, 0).
+    """
+    label, other = _label(other)
+    kind, bounds = _pieces(other.strip())
+    if not set(signs) <= {"<", "\\leq"} or kind not in ("[]", "[)", "(]", "()") or len(bounds) != 2:
+        return None
+    if len(sides) == 2 and LABEL.fullmatch(sides[0].strip()):  # x < 3 is -\infty < x < 3
+        signs, sides = ["<", *signs], ["-\\infty", *sides]
+    elif len(sides) == 2:
+        signs, sides = [*signs, "<"], [*sides, "\\infty"]
+    variable = re.sub(r"[\s{}]", "", sides[1])
+    if len(sides) != 3 or label not in ("", variable) or not re.fullmatch(VARIABLE, sides[1].strip()):
+        return None
+    brackets = ["(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"]
+    return f"{brackets[0]}{sides[0]},{sides[2]}{brackets[1]}", other
 
 
 def _same_relation(a, b, symbolic, again):

@@ -12,26 +12,35 @@ STATED = [
     for pattern in (
         r"####[ \t]*+(?!(?:\*\*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer\b)([^\n]*)",
         r"(?im)^#+[ \t]*(?:\*\*)?(?:the )?(?:final )?answer(?:\*\*)?[ \t]*(?:\n|:(?:\*\*)?)\s*([^\n]*)",
-        r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\s|\.?$|\n)",
+        r"(?i)(?:^|\n)[ \t>*_-]*(?:final )?answer[*_]*[ \t]*:[*_]*\s*+(?=[^\n]*\Z)([^\n]+?)(?:\.\**[ \t].*)?\Z",
+        r"[Tt]he (?:final )?answer is:?[ \t]*([^\n]*?)(?=\.\**\s|\.?$|\n)",
     )
 ]
 
 
 def extract_answer(text):
     r"""The final answer of a response: the last \boxed{..}, else "#### ..", else the text after a heading
-    "# Answer", else "The answer is ..". None if there is none.
+    "# Answer", else a last line "Answer: ..", else "The answer is ..". None if there is none.
 
     If the last box is empty or never closed there is no answer: an earlier box does not replace it. Boxes in
     a <think> block do not count. Boxes joined by "and" or a comma are one answer.
     """
-    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
+    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0].rstrip()
     if BOX.search(text):
         return boxed(text)
     for pattern in STATED:
         if stated := pattern.findall(text):
             sentence = STATED[-1].match(stated[-1])
-            return (sentence[1] if sentence else stated[-1]).strip() or None
+            return _without_half_a_pair((sentence[1] if sentence else stated[-1]).strip()) or None
     return None
+
+
+def _without_half_a_pair(stated):
+    """Without asterisks whose others stand around more than the answer, as in **The answer is 42.**"""
+    for mark in ("**", "*"):
+        if stated.count(mark) % 2:
+            stated = stated.removeprefix(mark).removesuffix(mark).strip()
+    return stated
 
 
 def boxed(text):

@@ -42,6 +42,10 @@ def _repeating(m):
 
 
 FONT = rf"\\(mbox|hbox|emph|boldsymbol|bm|pmb|text|(?:text|math)(?:bf|it|rm|sf|tt|sc|up|normal))\s*{BRACED}"
+DOTS = r"\s*(?:\.{2,}|…|\\[cl]?dots(?![a-zA-Z]))"
+BASES = dict(
+    two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, eleven=11, twelve=12, sixteen=16
+)
 SPELLINGS = [  # several spellings become one, in this order
     (r"(?<=\d)(?:,\s*\\!|\{,\s*\}|\\,)\s*(?=\d{3}(?!\d))", ""),
     (r"\\(left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?|\\!|(?<!\\)(?:\$|\\[()\[\]])", ""),
@@ -55,6 +59,7 @@ SPELLINGS = [  # several spellings become one, in this order
     (r"\{\s*\\(?:rm|bf)\s+([^{}]*)\}", r"\\text{\1}"),
     (r"\\(?:rm|bf|it)(?![a-z])|\\math(?:rm|bf|it)\s+(?=\w)", " "),
     (r"_\s*\{?\s*\\(?:mathrm|mbox|text[a-z]*)\s*\{\s*(\w+)\s*\}(\s*\})?", r"_{\1}"),
+    (rf"(?<=\d)\s*_\s*\{{?\s*({'|'.join(BASES)})(?![a-z])\s*\}}?", lambda m: f"_{{{BASES[m[1]]}}}"),
     *[(FONT, _font)] * 2,
     (r"(?<![\\A-Za-z])sqrt\s*(?=[\w({])", r"\\sqrt "),
     (r"\\(vec|hat|bar|tilde|overline)\s+(\w)", r"\\\1{\2}"),
@@ -87,6 +92,9 @@ SPELLINGS = [  # several spellings become one, in this order
     (r"^-?\d{1,3}(?:,\d{3})+(?=\s*(?:\\pi|\\sqrt|[a-z](?![a-z])))", lambda m: m[0].replace(",", "")),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\s*\d)", _repeating),
     (r"(\d+)\.()\((\d+)\)$", _repeating),
+    # digits that are seen to repeat: one three times, several twice
+    (rf"(?<![\d,])(\d*)\.(\d*?)(\d)\3{{2,}}{DOTS}", _repeating),
+    (rf"(?<![\d,])(\d*)\.(\d*?)(\d{{2,}}?)\3+{DOTS}", _repeating),
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
     (r"^\(?\s*([A-Z])\s*\)$|^\{\s*\(\s*([A-Z])\s*\)\s*\}$", r"\1\2"),
 ]

@@ -75,6 +75,28 @@ def check_batches(s, world):
     )
 
 
+def without_reward(metrics):
+    """What to report of an iteration whose responses have no reward: "" if one has."""
+    if metrics["reward"]:
+        return ""
+    if metrics["unfinished"] == 1:
+        return (
+            "NO RESPONSE ENDED: all reached --max_tokens. Likely causes: the model does not generate --stop or EOS "
+            "after such prompts (does it need --chat?); --max_tokens is too small."
+        )
+    if not metrics.get("answers_graded", 1) + metrics.get("answers_cached", 0):
+        return (
+            "NO RESPONSE HAS AN ANSWER: read are \\boxed{..}, '#### ..', a last line 'Answer: ..' and 'The answer "
+            "is ..'. Likely causes: the prompt does not ask for one of these (--prompt_template, --chat); --stop ends "
+            "the responses before it."
+        )
+    return (
+        "NO RESPONSE HAS A REWARD, although answers were read. Likely causes: the gold answers are of another form, or "
+        "not in the column that was read (--answer_column); the problems are too hard for the model. The stored "
+        "responses show both (episodes/)."
+    )
+
+
 def disagreement(gap, dtype):
     """What to report of a logprob_gap in this type: "" if it is small."""
     limit = GAP[dtype]

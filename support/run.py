@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from episode import Episode
 from support import run_folder
-from support.checks import disagreement
+from support.checks import disagreement, without_reward
 from support.metrics import Phases, evaluation_metrics, iteration_metrics, rounded
 from support.ranks import from_rank_0, gather_lists
 from support.settings import may_change
@@ -29,7 +29,7 @@ class Run:
 
     def __init__(self, s):
         self.s, self.folder = s, Path(s.run_dir)
-        self.lines, self.warned, self.accuracy, self.progress = [], False, None, None
+        self.lines, self.warned, self.accuracy, self.progress = [], set(), None, None
         self.day = run_folder.first_day(self.folder)
         self._find_start()
 
@@ -226,10 +226,11 @@ class Run:
             if metrics.get(name):
                 why = "a loss or gradient was not finite, or the mean ratio was too large"
                 self.say(f"{metrics[name]} {name.replace('_', ' ')}: {why}")
-        text = disagreement(metrics["logprob_gap"], self.trainer.dtype)
-        if text and not self.warned:
-            self.warned = True
-            self.say(text)
+        gap = disagreement(metrics["logprob_gap"], self.trainer.dtype)
+        for name, text in (("gap", gap), ("reward", without_reward(metrics))):
+            if text and name not in self.warned:
+                self.warned.add(name)
+                self.say(text)
 
     def _show(self, metrics):
         accuracy = "-" if self.accuracy is None else f"{self.accuracy:.3f}"

@@ -14,17 +14,18 @@ from support.model_files import in_one_line, local_folder, weight_files
 from support.pretrained import read_config
 
 
-def check_supported(path, sequences=(), trust_remote_code=False, critic=False):
+def check_supported(path, sequences=(), trust_remote_code=False, critic=False, tokenizer=None):
     """Raise ValueError for a model that could not be trained right.
 
-    sequences: lists of token ids, which its embedding must have. critic: it is PPO's value network, too. Of the
-    weights the names, shapes and types are read, and a few rows.
+    sequences: lists of token ids, which its embedding must have; they are not looked at if it has all tokens of the
+    tokenizer. critic: it is PPO's value network, too. Of the weights the names, shapes and types are read, and a
+    few rows.
     """
-    network = check_architecture(path, sequences, trust_remote_code, critic)
+    network = check_architecture(path, sequences, trust_remote_code, critic, tokenizer)
     check_weights(network, path)
 
 
-def check_architecture(path, sequences=(), trust_remote_code=False, critic=False):
+def check_architecture(path, sequences=(), trust_remote_code=False, critic=False, tokenizer=None):
     """The network on the meta device, which has shapes and no numbers. Raises ValueError.
 
     Two packed sequences pass through it, by the attention that model.py registers as "packed".
@@ -50,8 +51,9 @@ def check_architecture(path, sequences=(), trust_remote_code=False, critic=False
             network = AutoModelForCausalLM.from_config(config, **options).requires_grad_(False).eval()
         row, begins = torch.zeros(1, 4, dtype=torch.long), torch.zeros(3, dtype=torch.int32)
         tensors, rows = network.state_dict(), network.get_input_embeddings().num_embeddings
-        stored, largest = revert_weight_conversion(network, tensors), max(map(max, sequences), default=0)
-        if largest >= rows:
+        stored = revert_weight_conversion(network, tensors)
+        largest = max(tokenizer.get_vocab().values()) if tokenizer else rows
+        if largest >= rows and (largest := max(map(max, sequences), default=0)) >= rows:
             raise ValueError(f"{refused}: its tokenizer gives id {largest}, its embedding has {rows} rows")
         if len(stored) > len(tensors):
             packed = f"transformers packs the {len(stored)} tensors of its files into {len(tensors)}"

@@ -652,6 +652,30 @@ SAME = {  # kind: "answer | gold"
         \text{no solution} | \text{No solution}
         \infty | +\infty
         f(1)<f(2) | f(2)>f(1)""",
+    "intervals and inequalities": r"""
+        [-2,0] | -2 \le x \le 0
+        -2 \le x \le 0 | [-2,0]
+        [-2,0) | -2 \le x < 0
+        (-2,0] | 0 \ge x > -2
+        -2 \le t \le 0 | [-2,0]
+        -\frac12 < \theta < \sqrt{8} | (-0.5, 2\sqrt{2})
+        x > 2 | (2,\infty)
+        (-\infty,3] | x \le 3
+        -2 \le x \le 7 | x \in [-2,7]
+        x<1 \text{ or } x>3 | (-\infty,1)\cup(3,\infty)""",
+    "repeating decimals, seen": r"""
+        0.333... | \frac{1}{3}
+        0.333\ldots | 1/3
+        -1.1666… | -\frac76
+        .333\dots | \frac13
+        0.1212... | \frac{4}{33}
+        0.999... | 1
+        0.142857142857... | \frac17""",
+    "words for a base": r"""
+        1011_{\text{two}} | 1011_2
+        1011_2 | 1011_{\text{two}}
+        1011_{two} | 1011_{2}
+        27_\text{sixteen} | 27_{16}""",
 }
 DIFFERENT = {
     "size": r"""
@@ -1082,6 +1106,33 @@ DIFFERENT = {
         \vec a | \vec b
         \infty | -\infty
         f(1)<f(2) | f(2)<f(1)""",
+    "intervals and inequalities": r"""
+        [-2,0) | -2 \le x \le 0
+        (-2,0] | -2 \le x < 0
+        [-2,0] | -2 < x < 0
+        [0,-2] | -2 \le x \le 0
+        -2 \le x \le 0 | -2 \le y \le 0
+        -2 \le y \le 7 | x \in [-2,7]
+        -2 \le x+1 \le 0 | [-2,0]
+        -2 < f(x) < 0 | (-2,0)
+        -2 < x < 0 < 1 | (-2,0)
+        x > 2 | [2,\infty)
+        x > 2 | (2,3)
+        x < 3 | (3,\infty)
+        2 < 3 | (2,\infty)
+        x<1 \text{ and } x>3 | (-\infty,1)\cup(3,\infty)""",
+    "decimals that may go on otherwise": r"""
+        0.33... | \frac13
+        0.3334... | \frac13
+        0.333 | \frac13
+        0.333... | 0.333
+        3.14159... | \pi
+        1.4142... | \sqrt2
+        1,333.333... | \frac43""",
+    "words for a base": r"""
+        1011_{\text{three}} | 1011_2
+        1011_{\text{two}} | 1011
+        1011_{\text{two}} | 1101_2""",
 }
 HOSTILE = [
     "9^{9^{9^{9^{9}}}}", "((((((1000!)!)!)!)!)!)", "(" * 180 + "1" + ")" * 180, "(" * 10_000, "9" * 100_000, "9" * 390, r"\frac{" * 60 + "1",
@@ -1151,6 +1202,26 @@ def test_another_answer(one_grader, answer, gold):
         (r"it may be \boxed{5}</think> so #### 6", "6"),
         (r"\boxed{6}<think>no, \boxed{5}", "6"),
         (r"<think>\boxed{5}", None),
+        ("So it is 34.\nAnswer: 34", "34"),
+        ("**Answer:** 34\n", "34"),
+        ("**Answer: 34.**", "34."),
+        ("> Final Answer: $x=5$", "$x=5$"),
+        ("Answer:\n34", "34"),
+        ("Answer: 34. I am sure.", "34"),
+        ("Final Answer: The final answer is $34$. I hope it is correct.", "$34$"),
+        ("We might say that the answer is 5. No.\nAnswer: 6", "6"),
+        ("Answer: see below", "see below"),
+        (r"Answer: see below" "\n" r"So it is \boxed{5}.", "5"),
+        ("Answer: see below\n#### 5", "5"),
+        ("Answer: 3, at first.\nBut no, the answer is 5.", "5"),
+        ("Answer: 34\nThat was easy.", None),
+        ("My answer: 34", None),
+        ("Answer:", None),
+        ("**The answer is 42.**", "42."),
+        ("**The answer is 42.** I am sure.", "42"),
+        ("The answer is **42.** I am sure.", "42"),
+        ("*The final answer is $42$*", "$42$"),
+        ("The answer is 2**3", "2**3"),
         ("no answer", None),
         ("", None),
     ],
@@ -1192,7 +1263,7 @@ def test_a_hostile_answer_does_not_hold_up_the_others():
     both.grade([r"\boxed{\sqrt{8}}"] * 2, [r"\sqrt{2}", r"\sqrt{3}"])  # the workers are up
     texts = [r"\boxed{9^{9^{9^{9^{9}}}}}"] + [rf"\boxed{{\sqrt{{{n}}}+x}}" for n in range(2, 32)]
     golds = [r"\sqrt{2}"] + [rf"x+\sqrt{{{n}}}" for n in range(2, 32)]
-    pairs = both.start(texts, golds)
+    pairs = both._start(texts, golds)
     others = [both._started[pair] for pair in pairs[1:]]
     assert (
         all(other.result() for other in others) and not both._started[pairs[0]].done()

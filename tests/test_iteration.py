@@ -8,6 +8,7 @@ from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import torchrun
 from hypothesis import given
@@ -261,7 +262,8 @@ def test_engine_and_trainer_that_disagree_are_reported_once(tmp_path):
     run, said = Run(train.Settings(run_dir=str(tmp_path))), []
     run.say = said.append
     fine, wide, nan = (
-        {"logprob_gap": gap, "skipped_steps": 0, "aborted": 0} for gap in (1e-6, 0.004, float("nan"))
+        {"logprob_gap": gap, "skipped_steps": 0, "aborted": 0, "reward": 0.5}
+        for gap in (1e-6, 0.004, float("nan"))
     )
     run.trainer = SimpleNamespace(dtype=torch.bfloat16)
     run._warn(wide)  # rounding
@@ -274,3 +276,27 @@ def test_engine_and_trainer_that_disagree_are_reported_once(tmp_path):
     assert said == []
     run._warn(fine | {"skipped_steps": 3})
     assert said == ["3 skipped steps: a loss or gradient was not finite, or the mean ratio was too large"]
+
+
+@pytest.mark.parametrize(
+    "unfinished, graded, cached, words",
+    [
+        (1, 0, 0, ["NO RESPONSE ENDED", "--stop", "--max_tokens"]),
+        (0.5, 0, 0, ["NO RESPONSE HAS AN ANSWER", "boxed", "--prompt_template", "--stop"]),
+        (0, 0, 3, ["NO RESPONSE HAS A REWARD", "gold answers"]),
+        (0, None, None, ["NO RESPONSE HAS A REWARD"]),  # another reward, which counts no answers
+    ],
+)
+def test_an_iteration_without_any_reward_is_reported_once_with_its_likely_causes(
+    unfinished, graded, cached, words, tmp_path
+):
+    run, said = Run(train.Settings(run_dir=str(tmp_path))), []
+    run.say, run.trainer = said.append, SimpleNamespace(dtype=torch.float32)
+    counts = {} if graded is None else {"answers_graded": graded, "answers_cached": cached}
+    metrics = {"logprob_gap": 0.0, "aborted": 0, "unfinished": unfinished} | counts
+    run._warn(metrics | {"reward": 0.1})
+    assert said == []
+    run._warn(metrics | {"reward": 0.0})
+    assert all(word in said[0] for word in words)
+    run._warn(metrics | {"reward": 0.0})
+    assert len(said) == 1

@@ -23,7 +23,7 @@ import train
 from baselines import dpo, restem
 from experiments import values
 from rollout import stops
-from support import model_files, pretrained, ranks, run_folder
+from support import encoder, model_files, pretrained, ranks, run_folder
 from support.pretrained import end_of_turn, load_tokenizer, positions
 from support.supported import check_supported
 from tools import plan
@@ -628,7 +628,7 @@ def test_the_token_that_ends_a_turn_ends_a_response_in_a_chat(template, end, cha
 
 
 def test_a_chat_says_once_what_ends_a_response(chatty):
-    s, said = SimpleNamespace(max_sequence=100, max_tokens=10, chat=True), []
+    s, said = SimpleNamespace(max_sequence=100, max_tokens=10, chat=True, chat_options=None), []
     splits = [[data.Problem("1+1?", "2", text="1+1?")]] * 2
     for template, eos in ((CHATML, "<eos>"), (CHATML, "<|im_end|>"), (PLAIN, "<eos>")):
         chatty.chat_template, chatty.eos_token = template, eos
@@ -680,7 +680,7 @@ def test_a_run_keeps_the_date_of_its_first_start(chatty, tmp_path, monkeypatch):
             return cls.now
 
     monkeypatch.setattr(run_folder, "date", Day)
-    monkeypatch.setattr(data, "date", Day)
+    monkeypatch.setattr(encoder, "date", Day)
     assert run_folder.first_day(tmp_path) == Day.now
     prompts, found = [], []
     for Day.now in (date(2026, 7, 1), date(2026, 7, 2)):
