@@ -125,11 +125,11 @@ def prepare(s, scratch):
     if s.model is None:
         data.BUILT_IN[s.dataset].tiny_model(scratch, s.seed)
         s.model = scratch
-    limit = positions(read_config(s.model)) or s.max_tokens
+    s.max_tokens = min(s.max_tokens, positions(read_config(s.model)) or s.max_tokens)
     tokenizer = read_tokenizer(s.model)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of --model {s.model} has no EOS token to end responses with")
-    episodes, skipped = sequences(problems, tokenizer, min(limit, s.max_tokens), s.chat, s.chat_options)
+    episodes, skipped = sequences(problems, tokenizer, s.max_tokens, s.chat, s.chat_options)
     if len(episodes) < world:
         total = len(episodes) + skipped
         raise ValueError(f"{len(episodes)} of {total} sequences are within --max_tokens {s.max_tokens}")

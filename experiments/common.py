@@ -272,7 +272,7 @@ def measure_checkpoints(program, a, check, measure, draw, needed=0):
             check_supported(folder)
         for checkpoint in checkpoints:
             checkpoint.read_problems(needed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         refuse(f"{program}: {error}")
     _measure_each(a, checkpoints, measure, init_distributed())
     if os.environ["RANK"] == "0":

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# transformers: with dynamic rope scaling the logits of one input depend on what the model has seen before it.
+# transformers 5.19.0: with dynamic rope scaling the logits of one input depend on what the model has seen before it.
 #
 # A sequence longer than the model's original positions sets the frequencies for its length, and they stay until one
 # shorter than the original positions comes. One in between is computed with those of the longest so far: twice the
 # same call, without a cache, gives other logits after a longer call.
+#
+# Exit code 0: seen as described; 1: the behaviour has changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.19.0
+"$folder/venv/bin/pip" install -q torch==2.13.0 transformers==5.19.0
 "$folder/venv/bin/python" - <<'PYTHON'
 import sys
 import torch

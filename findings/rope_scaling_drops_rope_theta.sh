@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# transformers: rope_scaling, written into a config.json that transformers 5 saved, resets rope_theta to 10,000.
+# transformers 5.19.0: rope_scaling, written into a config.json that transformers 5 saved, resets rope_theta to 10,000.
 #
 # transformers 5 saves rope_theta inside of "rope_parameters". Model cards say: to read long texts, add a "rope_scaling"
 # to config.json. That one then replaces rope_parameters as a whole, and a model with theta 1,000,000 is computed
 # with 10,000, without a word. With rope_theta at the top level, as transformers 4 saved it, theta is kept.
+#
+# Exit code 0: seen as described; 1: the behaviour has changed.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet transformers==5.19.0
+"$folder/venv/bin/pip" install -q transformers==5.19.0
 "$folder/venv/bin/python" - "$folder/model" <<'PYTHON'
 import json, sys
 from pathlib import Path

@@ -21,7 +21,7 @@ from transformers.utils import logging
 WEIGHTS = "model.safetensors"
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 PICKLES = "pytorch_model*.bin"
-JSON = ("config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")
+JSON = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens")
 
 
 @contextmanager

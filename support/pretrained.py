@@ -148,6 +148,7 @@ def read_tokenizer(model, trust_remote_code=False):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not tokenizer.encode(PROBE, add_special_tokens=False):
             raise ValueError(f"it has {len(tokenizer)} tokens and reads no text")
+    tokenizer.name_or_path = str(model)  # in messages, instead of the copy's folder
     return tokenizer
 
 
@@ -181,7 +182,7 @@ def tokenizer_folder(model, trust_remote_code=False):
     settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if not stored.is_file() or "auto_map" in settings:
         return str(folder)
-    with in_one_line(f"the tokenizer in {folder} cannot be read; is its tokenizer.json of another version?"):
+    with in_one_line(f"the tokenizer in {folder} cannot be read; is its tokenizer.json whole?"):
         built = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         right = as_transformers_4(stored, settings, built.bos_token)
         if reads_alike(built, right):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import sft
 import train
 from experiments import common
+from support.ranks import TORCHRUN
 
 # small enough for seconds: every iteration is 4 problems x 2 responses, K = 2
 SMALL = [
@@ -432,8 +433,8 @@ def test_bad_input_gets_one_line_before_anything_loads(
     for name in files:
         filled = filled.replace(f"{{{name}}}", str(tmp_path / f"{name}.jsonl"))
     monkeypatch.setattr(sys, "argv", ["train.py", "--run_dir", str(tmp_path / "run"), *filled.split()])
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.setenv("RANK", "0")
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, str(ranks) if name.endswith("WORLD_SIZE") else "0")
     for program in ("train", "evaluate_only"):
         monkeypatch.setattr(train, program, lambda *_: pytest.fail("the run began"))
     with pytest.raises(SystemExit) as exit:
