@@ -18,6 +18,7 @@ from support.model_files import check_files, in_one_line, local_folder, made_onc
 
 TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+HERE = ("/", ".", "~", "runs/")  # how a path begins that is no name of the hub
 PROBE = "Problem:\nFind  x^2 if $\\alpha$, α = 1234.5.\n\n\tSolution: It's 3 + 4 = 7.\n#### 7"
 
 
@@ -67,6 +68,8 @@ def read_config(path, trust_remote_code=False):
     if Path(path).is_dir():
         check_files(Path(path))
     with in_one_line(f"--model {path} cannot be loaded: name a Hugging Face folder or hub model"):
+        if str(path).startswith(HERE) and not Path(path).is_dir():
+            raise ValueError("there is no such folder")
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         written, _ = PreTrainedConfig.get_config_dict(path)
     scaling = written.get("rope_scaling")
@@ -89,13 +92,10 @@ def load_tokenizer(s):
     path, trust = s.model, getattr(s, "trust_remote_code", False)
     if not path:
         raise ValueError(f"--model is missing: --dataset {s.dataset} has no model of its own")
-    if path.startswith("runs/") and not Path(path).is_dir():  # not a name of the hub
-        first = f"run `python sft.py --dataset {s.dataset} --out {path}` first, or "
-        hint = first if path.startswith("runs/sft") else ""
-        raise ValueError(
-            f"--model {path} cannot be loaded: {hint}name a Hugging Face folder or hub model (there is no such folder)"
-        )
-    if not Path(path).is_dir() and os.environ.get("RANK", "0") == "0":
+    if path.startswith("runs/sft") and not Path(path).is_dir():
+        first = f"run `python sft.py --dataset {s.dataset} --out {path}` first, or name another model"
+        raise ValueError(f"--model {path} cannot be loaded: {first} (there is no such folder)")
+    if not Path(path).is_dir() and not path.startswith(HERE) and os.environ.get("RANK", "0") == "0":
         print(f"looking for --model {path} on the hub", flush=True)
     config = read_config(path, trust)
     limit = positions(config)

@@ -296,6 +296,15 @@ def test_a_broken_folder_gets_one_line(name, make, capfd):
     assert "[transformers]" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere", "runs/none", "~/none"])
+def test_a_path_is_not_looked_for_on_the_hub(name, capsys):
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded: name a Hugging Face folder .* \(there is no such folder\)$"
+    ):
+        load_tokenizer(settings(name))
+    assert not capsys.readouterr().out
+
+
 def tied(t):
     t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
 
