@@ -104,7 +104,7 @@ def load(
         splits = [read_rows(path)]
     elif dataset in HUB or HUB_NAME.fullmatch(str(dataset)) and path.suffix not in FILE_TYPES:
         splits, from_hub = hub_rows(HUB.get(dataset, dataset), eval_only), True
-    elif path.suffix in FILE_TYPES or len(path.parts) > 1:
+    elif path.suffix in FILE_TYPES or "/" in str(dataset):
         raise ValueError(f"--dataset {dataset}: no such file or folder")
     else:
         own = f"the path of a {'/'.join(FILE_TYPES)} file or folder, or OWNER/NAME on the hub"

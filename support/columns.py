@@ -19,6 +19,7 @@ CHOICES = ("choices", "options")
 ANSWER = "answer ground_truth reward_model.ground_truth final_answer expected_answer answerkey".split()
 SOLUTION = ("solution", "completion", "generated_solution", "response")  # ends in the answer, or is it
 ROLES = {"human": "user", "gpt": "assistant"}
+ABSENT = object()
 
 
 def fields_of(row, problem_column=None, answer_column=None, answered=True, from_hub=False):
@@ -70,26 +71,25 @@ def _find(columns, names, option=None):
     """
     empty = None, None
     for name in [option.lower()] if option else names:
-        value = columns.get(name, columns)
-        if value is columns and "." in name:
-            value = _inside(columns, name.split("."))
-        if value is not columns and value not in (None, "", []):
+        value = columns.get(name, ABSENT)
+        if value is ABSENT and "." in name:
+            value = _inside(columns, name)
+        if value is not ABSENT and value not in (None, "", []):
             return name, value
-        empty = empty if value is columns else (name, value)
+        if value is not ABSENT:
+            empty = name, value
     return empty
 
 
-def _inside(columns, path):
-    """The value at a path through objects, lists and JSON texts; `columns` if it leads nowhere."""
-    value = columns
-    for part in path:
+def _inside(value, path):
+    """The value at a dotted path through objects, lists and JSON texts, or ABSENT."""
+    for part in path.split("."):
         value = _parsed(value)
-        items = (
-            value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [])
-        )
-        value = {str(name).lower(): item for name, item in items}.get(part, columns)
-        if value is columns:
-            break
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if not isinstance(value, dict):
+            return ABSENT
+        value = {str(name).lower(): item for name, item in value.items()}.get(part, ABSENT)
     return value
 
 
@@ -106,10 +106,9 @@ def _parsed(value):
     """What JSON, or Python's print, of an object or a list in a cell holds; any other value as it is."""
     if not isinstance(value, str) or value[:1] not in ("[", "{"):
         return value
+    printed = value[:2] in ("['", "{'") or value[:3] == "[{'"
     try:
-        return (
-            ast.literal_eval(value) if value[:2] in ("['", "{'") or value[:3] == "[{'" else json.loads(value)
-        )
+        return ast.literal_eval(value) if printed else json.loads(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
 

@@ -11,7 +11,7 @@ from array import array
 csv.field_size_limit(2**31 - 1)  # a field may be longer than 131,072 characters
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 TEST = ("test", "validation", "valid", "val", "dev", "eval")  # to evaluate on: the first that is there
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?::([\w.-]+))?")
 
 
 class Spool:
@@ -65,7 +65,7 @@ def hub_rows(dataset, eval_only):
                 raise
             splits = datasets.load_dataset(name, "main")
     except Exception as error:  # no such set, no network, no access, ..: each has a type of its own
-        what = f"--dataset {dataset}: no such file or folder, and none OWNER/NAME[/CONFIG][:SPLIT] of the hub"
+        what = f"--dataset {dataset}: no such file or folder, nor OWNER/NAME[/CONFIG][:SPLIT] on the hub"
         raise ValueError(f"{what}: {' '.join(str(error).split()):.400}") from None
     names = [split] if split else _chosen(splits, eval_only)
     if not names or split and split not in splits:

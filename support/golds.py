@@ -7,6 +7,7 @@ from grading import extract_answer
 
 MAX_BAD_ANSWERS = 0.03  # largest share of gold answers that no response can match
 NO_ANSWER = {"", "proof", "notfound", "not found", "none", "null", "nan", "n/a", "unknown", "no answer"}
+UNEQUAL = "does not equal itself for the grader, in a box"
 
 
 def check_golds(problems, say=None, most=MAX_BAD_ANSWERS):
@@ -34,11 +35,8 @@ def check_golds(problems, say=None, most=MAX_BAD_ANSWERS):
         say(text)
 
 
-UNEQUAL = "does not equal itself for the grader, in a box"
-
-
 def _whats_wrong(gold):
-    """Why no final answer of a response equals a gold answer; None if one does; UNEQUAL if the grader has to say."""
+    """Why no final answer of a response equals a gold; None if one does; UNEQUAL if only the grader can tell."""
     if re.fullmatch(r"-?\d[\d.,]*", gold):  # most are
         return None
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", gold)

@@ -330,8 +330,16 @@ def test_unknown_names_and_missing_files(tmp_path):
     known = "--dataset mth is not known: use math, gsm8k, arithmetic, worded, or the path"
     with pytest.raises(ValueError, match=known):
         data.load("mth")
-    with pytest.raises(ValueError, match="no such file or folder"):
-        data.load(tmp_path / "none.jsonl")
+    for path in (
+        tmp_path / "none.jsonl",
+        tmp_path / "none",
+        "./none",
+        "../none/x",
+        "none/x.jsonl",
+        "a/b/c/d",
+    ):
+        with pytest.raises(ValueError, match=f"--dataset {path}: no such file or folder$"):
+            data.load(path)
     (tmp_path / "train.jsonl").write_text(GOOD)
     with pytest.raises(ValueError, match=r"exactly one test file \(test.jsonl, .*it holds train.jsonl"):
         data.load(tmp_path)
@@ -807,7 +815,7 @@ def test_an_evaluation_takes_what_is_there(hub, splits, name, test, tmp_path):
         (dict(a=1, b=1), "o/n", "has the splits a, b"),
         (dict(train=1), "o/n:tset", "has the splits train"),
         (dict(train=1), "o/many", r"Config name is missing. .*\['a', 'b'\]"),
-        (dict(train=1), "o/none", "no such file or folder, and none .* doesn't exist on the Hub"),
+        (dict(train=1), "o/none", "no such file or folder, nor .* doesn't exist on the Hub"),
         (dict(train=0, test=1), "o/n", "o/n train is empty"),
     ],
 )
