@@ -140,9 +140,10 @@ def _csv(path):
 def _parquet(path):
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
-    rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
-    for i, row in enumerate(rows, 1):
+    file = pyarrow.parquet.ParquetFile(path)
+    maps = dict(maps_as_pydicts="strict") if "map<" in str(file.schema_arrow) else {}  # three times slower
+    batches = file.iter_batches(batch_size=1000)
+    for i, row in enumerate((row for batch in batches for row in batch.to_pylist(**maps)), 1):
         yield f"row {i}", row
 
 

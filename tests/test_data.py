@@ -538,6 +538,14 @@ def test_bytes_and_decimals_of_a_parquet_file(tmp_path):
         data.load(tmp_path / "d.parquet")
 
 
+def test_a_map_of_a_parquet_file_is_an_object(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    model = pyarrow.array([[("ground_truth", "2")], [("ground_truth", "4")]], kind)
+    table = pyarrow.table(dict(problem=["1+1?", "2+2?"], reward_model=model))
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert [p.answer for split in data.load(tmp_path / "d.parquet") for p in split] == ["2", "4"]
+
+
 def test_the_golds_of_gsm8k_and_math_are_all_right(shared_data, tokenizer):
     for name in ("gsm8k", "math"):
         problems = [p for split in data.load(shared_data / name) for p in split]
