@@ -5,7 +5,7 @@
     python tools/show.py runs/demo --text [N]    # prints solution N (default 0)
     python tools/show.py runs/demo --picture credit.png       # the largest drop, as in README
 
-It shows what train.py stores in RUN/episodes every --store_every iterations (Episode.as_dict). PPO's values
+It shows what train.py stores in RUN/episodes every --store_every iterations (run_folder.solution). PPO's values
 come from its value network; GRPO and RLOO have no values. Advantages are shown per step for all of them. The
 page does not trust the model's text: it sets it as text, never as HTML.
 """
